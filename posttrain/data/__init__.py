@@ -1,0 +1,1 @@
+"""Datasets, procedural tasks and prompts."""

@@ -1,0 +1,33 @@
+"""Errors that a user can mend. The command line prints their text alone and exits with their code."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PosttrainError(Exception):
+    """Something the user can put right; the message is one clear sentence that names the place."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class RecipeError(PosttrainError):
+    """A recipe, or an argument on the command line, is wrong. Nothing has been started or written."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class DataError(PosttrainError):
+    """A dataset cannot be read or a row of it cannot be used; the message names the file and the row."""
+
+
+class RolloutError(PosttrainError):
+    """A request that an engine cannot answer (empty or over-long prompt), or an engine that failed."""
+
+
+class RewardError(PosttrainError):
+    """A reward cannot be found or loaded, or failed where the recipe says `on_error: fail`."""
+
+
+class TrainingError(PosttrainError):
+    """Training cannot go on: nothing to train, stale engine weights, non-finite loss."""

@@ -1,0 +1,1 @@
+"""The reward registry and scorer."""

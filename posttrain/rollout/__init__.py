@@ -1,0 +1,1 @@
+"""Rollout engines and what flows through them."""

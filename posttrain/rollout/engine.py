@@ -1,0 +1,61 @@
+"""The rollout engine: the one interface through which every stage and method samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from posttrain.errors import RolloutError
+from posttrain.rollout.types import Completion, RolloutRequest
+
+
+class RolloutEngine(Protocol):
+    """Answers rollout requests with the current policy weights.
+
+    `version` counts the syncs: every completion is of the version that was current when it was asked for.
+    """
+
+    version: int
+    max_model_len: int
+    """Longest prompt plus completion, in tokens."""
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[list[Completion]]:
+        """Complete every request `sampling.n` times.
+
+        Order is kept, and requests of one call may differ in every sampling field. The same weights,
+        requests and seeds give the same completions.
+
+        Raises:
+            RolloutError: a prompt is empty, or does not fit with at least one new token.
+        """
+        ...
+
+    def sync(self, model: Any) -> None:
+        """Take over the weights of `model` (a `PreTrainedModel` or `PeftModel`, which is not written to)."""
+        ...
+
+    def close(self) -> None:
+        """Free memory and processes. The engine cannot be used afterwards; closing twice is harmless."""
+        ...
+
+
+def check_requests(requests: Sequence[RolloutRequest], max_model_len: int) -> None:
+    """Refuse requests that no engine could answer, naming the example.
+
+    Raises:
+        RolloutError: empty prompt, prompt too long for the context, or caps below one token.
+    """
+    for request in requests:
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise RolloutError(f"prompt of example {request.example.id!r} is empty")
+        if length >= max_model_len:
+            raise RolloutError(
+                f"prompt of example {request.example.id!r} has {length} tokens, "
+                f"which leaves no room in the context of {max_model_len}"
+            )
+        if request.sampling.max_tokens < 1 or request.sampling.n < 1:
+            raise RolloutError(
+                f"request for example {request.example.id!r} asks for n={request.sampling.n}, "
+                f"max_tokens={request.sampling.max_tokens}; both must be at least 1"
+            )

@@ -1,0 +1,1 @@
+"""The policy trainer and its mathematics."""
