@@ -1,0 +1,114 @@
+"""Supervised fine-tuning on demonstrations, by TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from posttrain.data.prompts import encode_demonstration, encode_prompt
+from posttrain.data.sources import load_examples
+from posttrain.errors import DataError, RecipeError
+from posttrain.recipe.schema import SftStage
+from posttrain.rollout.build import load_model, load_tokenizer
+from posttrain.rollout.types import Example
+from posttrain.stages.context import StageContext, StageResult
+from posttrain.training.arguments import optimizer_arguments, world_size
+
+
+class _Metrics(TrainerCallback):
+    """Passes the trainer's log lines on."""
+
+    def __init__(self, log: Callable[[int, int, dict[str, Any]], None]):
+        self.log = log
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "loss" in logs and state.is_world_process_zero:
+            self.log(state.global_step, state.max_steps, logs)
+
+
+def finetune(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    stage: SftStage,
+    *,
+    output_dir: Path,
+    seed: int,
+    prompt_format: str = "auto",
+    report_to: Sequence[str] = (),
+    log: Callable[[int, int, dict[str, Any]], None] = lambda step, of, metrics: None,
+) -> None:
+    """Train `model` in place on `examples` (demonstrations in `columns["completion"]`).
+
+    The loss is on completion tokens alone. `log` is called with (step, number of steps, metrics).
+
+    Raises:
+        DataError: a row has no demonstration, or is longer than `stage.max_length`; rows are never cut.
+        RecipeError: the batch size does not divide over the devices.
+    """
+    rows = [encode_demonstration(example, tokenizer, prompt_format) for example in examples]
+    limit = stage.max_length or model.config.max_position_embeddings
+    for example in examples:
+        length = len(encode_prompt(example, tokenizer, prompt_format))
+        length += len(tokenizer(example.columns["completion"])["input_ids"]) + 1
+        if length > limit:
+            raise DataError(f"demonstration {example.id!r} has {length} tokens; max_length is {limit}")
+
+    share, rest = divmod(stage.batch_size, world_size())
+    if rest or share % (stage.micro_batch_size or share):
+        raise RecipeError(
+            f"sft.batch_size {stage.batch_size} does not divide into {world_size()} devices "
+            f"with micro-batches of {stage.micro_batch_size or share}"
+        )
+    arguments = SFTConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=stage.micro_batch_size or share,
+        gradient_accumulation_steps=share // (stage.micro_batch_size or share),
+        num_train_epochs=stage.epochs,
+        max_steps=stage.max_steps or -1,
+        max_length=None,
+        completion_only_loss=True,
+        gradient_checkpointing=False,
+        logging_steps=stage.log_every,
+        save_strategy="no",
+        seed=seed,
+        disable_tqdm=True,
+        report_to=list(report_to) or "none",
+        **optimizer_arguments(stage.optimizer, dtype=next(model.parameters()).dtype),
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[_Metrics(log)],
+    )
+    trainer.pop_callback("PrinterCallback")
+    trainer.train()
+
+
+def run(stage: SftStage, context: StageContext) -> StageResult:
+    """Run the stage: load, train, save."""
+    source = stage.data or context.recipe.data.train
+    assert source is not None  # the recipe's checks ask for it
+    tokenizer = load_tokenizer(context.model)
+    model = load_model(context.model, trainable=True)
+    torch.manual_seed(context.recipe.seed)
+    finetune(
+        model,
+        tokenizer,
+        load_examples(source),
+        stage,
+        output_dir=context.folder("checkpoints"),
+        seed=context.recipe.seed,
+        prompt_format=source.format,
+        report_to=context.recipe.report_to,
+        log=context.log_step,
+    )
+    return context.hand_over(model, tokenizer)
