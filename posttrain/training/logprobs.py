@@ -1,0 +1,257 @@
+"""Log-probabilities and entropies of given tokens without ever holding the logits of all of them.
+
+Shapes: N tokens, H hidden size, V vocabulary. The plain computation keeps several [N, V] tensors for the
+backward pass; here the logits of one chunk of tokens exist at a time, forward and backward, and only [N]
+and [N, H] tensors are kept in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from posttrain.errors import TrainingError
+
+CHUNK_BYTES = 128 * 2**20
+"""Size of one chunk's logits in float32: 220 tokens of a vocabulary of 152k. Two to four tensors of this size
+exist at the peak, which is small beside any model that has such a vocabulary."""
+
+
+def chunk_tokens(vocab_size: int, element_bytes: int = 4, budget: int = CHUNK_BYTES) -> int:
+    """Tokens whose logits fit into `budget` bytes, at least one."""
+    return max(1, budget // (vocab_size * element_bytes))
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """How a model turns hidden states into logits: `softcap·tanh(scale·(h Wᵀ + b) / softcap)`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+def output_head(model: Any) -> OutputHead:
+    """The output head of a causal language model (`PreTrainedModel` or `PeftModel`).
+
+    Logits are scaled by what the configuration calls `logit_scale` (Cohere), `lm_head_multiplier`
+    (Falcon-H1), `output_multiplier` or, inverted, `logits_scaling` (Granite), and capped at
+    `final_logit_softcapping` (Gemma).
+
+    Raises:
+        TrainingError: an adapter is attached to the head itself, whose product cannot be chunked.
+    """
+    head = model.get_output_embeddings()
+    if hasattr(head, "base_layer"):
+        raise TrainingError("the LoRA adapter targets the output head; leave it out of lora.target_modules")
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling"):
+        value = getattr(config, name, None)
+        if value is not None:
+            # HyperCLOVA X multiplies by its logits_scaling, everybody else divides by it.
+            inverted = name == "logits_scaling" and config.model_type != "hyperclovax"
+            scale = 1.0 / value if inverted else float(value)
+            break
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return OutputHead(head.weight, getattr(head, "bias", None), softcap, scale)
+
+
+def chunked_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of `targets` and entropies of the next-token distributions, in nats.
+
+    The distribution is `softmax(logits / temperature)` with the logits of `OutputHead`. Both outputs are
+    differentiable in `hidden`, `weight` and `bias`; the gradient of an output that is not used, or of an
+    input that needs none, costs nothing.
+
+    Args:
+        hidden: last hidden states [N, H], after the final norm.
+        weight: output embedding [V, H].
+        targets: token ids [N].
+        temperature: the sampling temperature; above 0.
+        bias: [V], of heads that have one.
+        softcap: final logit soft-capping.
+        scale: factor of the logits before the cap.
+        chunk_size: tokens whose logits exist together; None takes as many as `CHUNK_BYTES` holds.
+
+    Returns:
+        (logprobs, entropy), each [N] float32 (float64 for float64 inputs). Logits are computed in the type
+        of the inputs, or in autocast's, and accumulated in float32, as are the gradients.
+    """
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    else:
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if chunk_size is None:
+        chunk_size = chunk_tokens(weight.shape[0], torch.promote_types(dtype, torch.float32).itemsize)
+    logits = _Logits(dtype, scale, softcap, 1.0 / temperature)
+    with torch.autocast(device_type, enabled=False):
+        return _ChunkedLogprobs.apply(hidden, weight, bias, targets, logits, chunk_size)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` in float32 or better; never rounded to half precision on the way out."""
+    if a.dtype in (torch.float64, torch.float32):
+        return torch.mm(a, b)
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+def _accumulate_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`total += a @ b` for a float32 (or float64) `total`.
+
+    Rounding every chunk's product to bfloat16 before the sum would bias the gradient of the head.
+    """
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """Tempered logits of a chunk and their gradient with respect to the head's raw product."""
+
+    dtype: torch.dtype
+    scale: float
+    softcap: float | None
+    inverse_temperature: float
+
+    def forward(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [n, V] and, with a soft cap, tanh [n, V] for the backward pass; `weight` in `self.dtype`."""
+        z = _product(hidden.to(self.dtype), weight.t())
+        if bias is not None:
+            z.add_(bias)
+        if self.softcap is None:
+            if (factor := self.scale * self.inverse_temperature) != 1.0:
+                z.mul_(factor)
+            return z, None
+        tanh = z.mul_(self.scale / self.softcap).tanh_()
+        return tanh * (self.softcap * self.inverse_temperature), tanh
+
+    def backward_(self, grad: torch.Tensor, tanh: torch.Tensor | None) -> torch.Tensor:
+        """Turn the gradient of the tempered logits into that of the raw product, in place."""
+        if tanh is not None:
+            grad.mul_(tanh.square_().neg_().add_(1.0))
+        if (factor := self.scale * self.inverse_temperature) != 1.0:
+            grad.mul_(factor)
+        return grad
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        logits: _Logits,
+        chunk_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # An entropy that is only logged then brings no gradient at all, instead of one of zeros.
+        ctx.set_materialize_grads(False)
+        out_dtype = torch.promote_types(logits.dtype, torch.float32)
+        cast_weight = weight.to(logits.dtype)
+        logprobs, entropy, log_norm = (hidden.new_empty(len(hidden), dtype=out_dtype) for _ in range(3))
+        for start in range(0, len(hidden), chunk_size):
+            rows = slice(start, start + chunk_size)
+            z, _ = logits.forward(hidden[rows], cast_weight, bias)
+            top = z.amax(1)
+            z.sub_(top[:, None])
+            target = z.gather(1, targets[rows, None]).squeeze(1)
+            p = z.exp()
+            norm = p.sum(1)
+            log_sum = norm.log()
+            logprobs[rows] = target - log_sum
+            # H = log Σexp(z) - Σ p·z, with z ≤ 0 after the shift: small entropies keep their digits.
+            entropy[rows] = log_sum - torch.linalg.vecdot(p, z) / norm
+            log_norm[rows] = top + log_sum
+        ctx.save_for_backward(hidden, weight, bias, targets, log_norm, entropy)
+        ctx.logits, ctx.chunk_size = logits, chunk_size
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None
+    ) -> tuple[Any, ...]:
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 6
+        hidden, weight, bias, targets, log_norm, entropy = ctx.saved_tensors
+        logits: _Logits = ctx.logits
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        cast_weight = weight.to(logits.dtype)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=log_norm.dtype) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=log_norm.dtype) if need_bias else None
+        for start in range(0, len(hidden), ctx.chunk_size):
+            rows = slice(start, start + ctx.chunk_size)
+            with torch.autocast(hidden.device.type, enabled=False):
+                z, tanh = logits.forward(hidden[rows], cast_weight, bias)
+                dz = _logit_gradient_(
+                    z.sub_(log_norm[rows, None]),
+                    targets[rows],
+                    None if grad_logprobs is None else grad_logprobs[rows],
+                    None if grad_entropy is None else grad_entropy[rows],
+                    entropy[rows],
+                )
+                dz = logits.backward_(dz, tanh)
+                if grad_bias is not None:
+                    grad_bias += dz.sum(0)
+                dz = dz.to(logits.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = _product(dz, cast_weight)
+                if grad_weight is not None:
+                    _accumulate_product(grad_weight, dz.t(), hidden[rows].to(logits.dtype))
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _logit_gradient_(
+    log_p: torch.Tensor,
+    targets: torch.Tensor,
+    grad_logprobs: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    entropy: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient [n, V] with respect to the tempered logits, in the memory of `log_p` where that is possible.
+
+    d log p(target) / dz_j = 1[j = target] - p_j  and  dH / dz_j = -p_j (log p_j + H).
+    """
+    if grad_entropy is None:
+        assert grad_logprobs is not None, "one of the two gradients exists"
+        dz = log_p.exp_().mul_(-grad_logprobs[:, None])
+    else:
+        factor = (log_p + entropy[:, None]).mul_(grad_entropy[:, None])
+        if grad_logprobs is not None:
+            factor.add_(grad_logprobs[:, None])
+        dz = log_p.exp_().mul_(factor).neg_()
+    if grad_logprobs is not None:
+        dz.scatter_add_(1, targets[:, None], grad_logprobs[:, None])
+    return dz

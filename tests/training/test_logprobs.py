@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from posttrain.errors import TrainingError
+from posttrain.training import logprobs as module
+from posttrain.training.logprobs import OutputHead, chunk_tokens, chunked_logprobs, output_head
+
+
+def plain(hidden, weight, targets, *, temperature=1.0, bias=None, softcap=None, scale=1.0):
+    z = torch.nn.functional.linear(hidden, weight, bias) * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    log_p = torch.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)) / temperature, -1)
+    return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+
+
+def make_inputs(n=23, h=16, v=101, dtype=torch.float32, seed=0, bias=True):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(v, h, generator=generator).to(dtype).requires_grad_()
+    offset = torch.randn(v, generator=generator).to(dtype).requires_grad_() if bias else None
+    return hidden, weight, offset, torch.randint(0, v, (n,), generator=generator)
+
+
+def outputs_and_gradients(function, hidden, weight, bias, targets, **options):
+    logprobs, entropy = function(hidden, weight, targets, bias=bias, **options)
+    coefficients = torch.linspace(-1.0, 2.0, len(targets), dtype=logprobs.dtype)
+    inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    loss = (coefficients * logprobs).sum() + (coefficients.flip(0) * entropy).sum()
+    return [logprobs.detach(), entropy.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 23, 1000, None])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.6}, {"softcap": 3.0}, {"softcap": 3.0, "temperature": 1.7, "scale": 0.25}],
+    ids=["plain", "temperature", "softcap", "all"],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_log_softmax(options, bias, chunk_size):
+    inputs = make_inputs(bias=bias)
+    expected = outputs_and_gradients(plain, *inputs, **options)
+    actual = outputs_and_gradients(chunked_logprobs, *inputs, **options, chunk_size=chunk_size)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_worked_example():
+    # logits (ln 1, ln 2, ln 5): p = (1/8, 2/8, 5/8), H = 0.125·ln 8 + 0.25·ln 4 + 0.625·ln 1.6 = 0.900256
+    weight = torch.tensor([[1.0], [2.0], [5.0]]).log()
+    hidden = torch.ones(3, 1, requires_grad=True)
+    logprobs, entropy = chunked_logprobs(hidden, weight, torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.125, 0.25, 0.625]))
+    torch.testing.assert_close(entropy, torch.full((3,), 0.900256))
+    # d log p_0 / dh = w_0 - Σ p_j w_j = 0 - (0.25·ln 2 + 0.625·ln 5) = -1.179186
+    (gradient,) = torch.autograd.grad(logprobs[0], hidden)
+    torch.testing.assert_close(gradient, torch.tensor([[-1.179186], [0.0], [0.0]]))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck_of_both_outputs(softcap):
+    hidden, weight, bias, targets = make_inputs(5, 4, 7, torch.float64)
+    targets[0] = targets[1]  # the same token twice
+
+    def function(*inputs):
+        h, w, b = inputs
+        return chunked_logprobs(
+            h, w, targets, bias=b, temperature=0.8, softcap=softcap, scale=1.5, chunk_size=2
+        )
+
+    assert torch.autograd.gradcheck(function, (hidden, weight, bias))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    n=st.integers(0, 12),
+    v=st.integers(1, 40),
+    chunk_size=st.integers(1, 15),
+    seed=st.integers(0, 1000),
+    width=st.floats(0.0, 30.0),
+)
+def test_any_shape_and_chunk(n, v, chunk_size, seed, width):
+    hidden, weight, _, targets = make_inputs(n, 3, v, torch.float64, seed, bias=False)
+    scaled = (width * hidden).detach().requires_grad_()
+    expected = outputs_and_gradients(plain, scaled, weight, None, targets)
+    actual = outputs_and_gradients(chunked_logprobs, scaled, weight, None, targets, chunk_size=chunk_size)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_large_logits_stay_finite():
+    weight = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    logprobs, entropy = chunked_logprobs(torch.ones(2, 1), weight, torch.tensor([0, 1]))
+    torch.testing.assert_close(logprobs, torch.tensor([0.0, -2e4]))
+    (gradient,) = torch.autograd.grad(entropy.sum() + logprobs.sum(), weight)
+    torch.testing.assert_close(gradient, torch.tensor([[-1.0], [1.0]]))
+
+
+def test_small_entropy_is_exact():
+    # One token is e^30 times as likely as each of 100 others; a difference of large numbers would lose it (float32 at 100: 8e-6).
+    weight = torch.cat([torch.tensor([[130.0]]), torch.full((100, 1), 100.0)])
+    _, entropy = chunked_logprobs(torch.ones(1, 1), weight, torch.tensor([0]))
+    _, expected = plain(torch.ones(1, 1).double(), weight.double(), torch.tensor([0]))
+    torch.testing.assert_close(entropy.double(), expected, rtol=0.05, atol=0.0)
+
+
+def test_bfloat16_accumulates_in_float32():
+    hidden, weight, _, targets = make_inputs(4096, 8, 33, torch.bfloat16, bias=False)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+
+    def gradients(function, h, w, **options):
+        logprobs, _ = function(h, w, targets, **options)
+        return logprobs, torch.autograd.grad(logprobs.sum(), (h, w))
+
+    expected_logprobs, (expected_hidden, expected_weight) = gradients(plain, *exact)
+    logprobs, (grad_hidden, grad_weight) = gradients(chunked_logprobs, hidden, weight, chunk_size=16)
+    assert (logprobs.dtype, grad_hidden.dtype, grad_weight.dtype) == (torch.float32, *2 * [torch.bfloat16])
+    # The logits themselves are not rounded to bfloat16, whose spacing at 8 is 0.06.
+    torch.testing.assert_close(logprobs.double(), expected_logprobs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad_hidden.double(), expected_hidden, rtol=0.02, atol=0.02)
+    # 256 chunks: a bfloat16 sum would stop growing long before; one final rounding is 2⁻⁹.
+    error = (grad_weight.double() - expected_weight).norm() / expected_weight.norm()
+    assert error < 4e-3
+
+
+def test_autocast_matches_a_linear_layer_under_autocast():
+    hidden, weight, _, targets = make_inputs(bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs, _ = chunked_logprobs(hidden, weight, targets)
+        (gradient,) = torch.autograd.grad(logprobs.sum(), weight)
+    expected, _ = plain(hidden.bfloat16().float(), weight.bfloat16().float(), targets)
+    assert logprobs.dtype == torch.float32
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made, and how many of the weight's size there were."""
+
+    def __init__(self, weight_elements: int) -> None:
+        super().__init__()
+        self.largest, self.weight_sized, self.weight_elements = 0, 0, weight_elements
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+                self.weight_sized += tensor.numel() == self.weight_elements and "zeros" in func.name()
+        return output
+
+
+def watch(function, hidden, weight, targets, entropy_weight, **options):
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with LargestTensor(weight.numel()) as mode, hooks:
+        logprobs, entropy = function(hidden, weight, targets, **options)
+        (logprobs.sum() + entropy_weight * entropy.sum()).backward()
+    return mode, max(saved)
+
+
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.1])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_never_holds_all_logits(softcap, entropy_weight):
+    n, h, v, chunk_size = 64, 4, 300, 8
+    hidden, weight, _, targets = make_inputs(n, h, v, bias=False)
+    mode, saved = watch(
+        chunked_logprobs, hidden, weight, targets, entropy_weight, softcap=softcap, chunk_size=chunk_size
+    )
+    assert mode.largest == chunk_size * v
+    assert saved == max(n * h, v * h)
+    mode, saved = watch(plain, hidden, weight, targets, entropy_weight, softcap=softcap)
+    assert mode.largest == saved == n * v  # what the measurement shows for the plain computation
+
+
+def test_no_gradient_buffer_for_a_frozen_head():
+    hidden, weight, _, targets = make_inputs(64, 4, 300, bias=False)
+    mode, _ = watch(chunked_logprobs, hidden, weight, targets, 0.0, chunk_size=8)
+    assert mode.weight_sized == 1
+    mode, _ = watch(chunked_logprobs, hidden, weight.detach(), targets, 0.0, chunk_size=8)
+    assert mode.weight_sized == 0
+    assert hidden.grad is not None
+
+
+def test_unused_entropy_costs_no_backward(monkeypatch):
+    seen = []
+    original = module._logit_gradient_
+
+    def spy(log_p, targets, grad_logprobs, grad_entropy, entropy):
+        seen.append((grad_logprobs is not None, grad_entropy is not None))
+        return original(log_p, targets, grad_logprobs, grad_entropy, entropy)
+
+    monkeypatch.setattr(module, "_logit_gradient_", spy)
+    hidden, weight, _, targets = make_inputs(bias=False)
+    logprobs, entropy = chunked_logprobs(hidden, weight, targets)
+    (logprobs.sum() + 0.0 * entropy.detach().sum()).backward()
+    logprobs, entropy = chunked_logprobs(hidden, weight, targets)
+    entropy.sum().backward()
+    assert seen == [(True, False), (False, True)]
+
+
+def test_chunk_tokens_follow_the_byte_budget():
+    assert chunk_tokens(1000, 4, budget=4_000_000) == 1000
+    assert (
+        chunk_tokens(151_936) * 151_936 * 4 <= module.CHUNK_BYTES < (chunk_tokens(151_936) + 1) * 151_936 * 4
+    )
+    assert chunk_tokens(10**9, 4, budget=1) == 1
+
+
+# ---- output heads
+
+
+def tiny(kind, **options):
+    import transformers
+
+    common = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "pad_token_id": 0,
+        "initializer_range": 0.5,
+    }
+    config = getattr(transformers, f"{kind}Config")(**common, **options)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+def head_logprobs(model, ids):
+    head = output_head(model)
+    hidden = model.base_model(input_ids=ids).last_hidden_state[0, :-1]
+    return chunked_logprobs(
+        hidden, head.weight, ids[0, 1:], bias=head.bias, softcap=head.softcap, scale=head.scale, chunk_size=3
+    )[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Qwen2", {}),
+        ("Gemma2", {"final_logit_softcapping": 2.0}),
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Granite", {"logits_scaling": 4.0}),
+        ("Phi", {}),  # has a bias
+    ],
+)
+def test_head_of_real_architectures(kind, options):
+    model = tiny(kind, **options)
+    if kind == "Phi":
+        torch.nn.init.normal_(model.lm_head.bias)
+        assert output_head(model).bias is model.lm_head.bias
+    ids = torch.tensor([[1, 5, 9, 33, 2, 7]])
+    logits = model(input_ids=ids).logits[0, :-1].float()
+    expected = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None]).squeeze(1)
+    torch.testing.assert_close(head_logprobs(model, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_head_behind_lora_and_under_a_full_adapter():
+    from peft import LoraConfig, get_peft_model
+
+    lora = get_peft_model(tiny("Qwen2"), LoraConfig(target_modules="all-linear"))
+    assert output_head(lora).weight is lora.get_output_embeddings().weight
+    assert not output_head(lora).weight.requires_grad
+
+    saved = get_peft_model(tiny("Qwen2"), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert output_head(saved).weight.requires_grad
+    with saved.disable_adapter():
+        assert not output_head(saved).weight.requires_grad
+
+    adapted = get_peft_model(tiny("Qwen2"), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(TrainingError, match="output head"):
+        output_head(adapted)
+
+
+def test_head_multiplier_of_hyperclova():
+    config = SimpleNamespace(model_type="hyperclovax", logits_scaling=4.0)
+    config.get_text_config = lambda: config
+    head = torch.nn.Linear(2, 3)
+    model = SimpleNamespace(config=config, get_output_embeddings=lambda: head)
+    assert output_head(model) == OutputHead(head.weight, head.bias, None, 4.0)
