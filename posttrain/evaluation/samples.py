@@ -1,4 +1,4 @@
-"""From the rows of an evaluation to its metrics: which samples belong to which problem, and what each says."""
+"""From the rows of an evaluation to its metrics: the samples of each problem, and what they say."""
 
 from __future__ import annotations
 
