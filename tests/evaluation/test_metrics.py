@@ -74,9 +74,8 @@ def test_majority_ties_share_the_credit_and_abstentions_do_not_vote():
 
 
 def test_majority_answer_is_worth_its_share_of_correct_samples():
-    assert majority_at_k_values([["7", "7", "7", "8"]], [[True, True, False, False]], 4)[0] == pytest.approx(
-        2 / 3
-    )
+    votes, correct = [["7", "7", "7", "8"]], [[True, True, False, False]]
+    assert majority_at_k_values(votes, correct, 4)[0] == pytest.approx(2 / 3)
 
 
 def test_majority_of_many_samples_stays_finite():
@@ -154,7 +153,7 @@ def test_paired_difference_uses_the_pairing():
 
 
 def test_intervals_cover_a_known_accuracy():
-    """500 evaluations of 500 problems whose true mean accuracy is known: 95 % intervals hold it in about 95 %."""
+    """500 evaluations of 500 problems of known mean accuracy: 95 % intervals hold it in about 95 %."""
     rng = np.random.default_rng(7)
     runs, problems, samples = 500, 500, 4
     single, several, paired = 0, 0, 0
