@@ -1,0 +1,121 @@
+"""From a recipe's model and rollout sections to a tokenizer, a model and an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from posttrain.errors import DataError, PosttrainError
+from posttrain.recipe.schema import ModelConfig, RolloutConfig
+from posttrain.rollout.engine import RolloutEngine
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that is saved with a model.
+
+    Raises:
+        DataError: nothing at this path, or no tokenizer in it.
+    """
+    location = _location(model)
+    try:
+        return AutoTokenizer.from_pretrained(
+            location, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"model.path: no tokenizer can be loaded from {model.path!r}: {_first_line(error)}"
+        ) from error
+
+
+def load_model(model: ModelConfig) -> PreTrainedModel:
+    """The causal language model, on the CPU and without adapters.
+
+    Raises:
+        DataError: nothing at this path, or no causal language model in it.
+    """
+    location = _location(model)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            location,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=model.dtype,
+            attn_implementation=model.attn_implementation,
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"model.path: {model.path!r} cannot be loaded as a causal language model: {_first_line(error)}"
+        ) from error
+
+
+def build_engine(
+    rollout: RolloutConfig,
+    model_config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    model: PreTrainedModel | None = None,
+    seed: int = 0,
+) -> RolloutEngine:
+    """The engine that `rollout.engine` names.
+
+    `model` is the trainer's live model: the transformers engine samples from it where it is. Without one the
+    engine loads `model_config.path` itself, and vLLM does so in any case, until the first `sync`.
+    """
+    if rollout.engine == "vllm":
+        from posttrain.rollout.vllm import VllmEngine
+
+        return VllmEngine(model_config, tokenizer, rollout, seed=seed)
+    from posttrain.rollout.transformers import TransformersEngine
+
+    if model is None:
+        model = load_model(model_config).to(torch.accelerator.current_accelerator() or "cpu")
+    return TransformersEngine(
+        model, tokenizer, max_model_len=rollout.max_model_len, batch_size=rollout.batch_size
+    )
+
+
+def model_context(config: PretrainedConfig) -> int:
+    """Longest sequence a model was made for, in tokens.
+
+    Raises:
+        PosttrainError: the model's configuration does not say; the recipe must.
+    """
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        raise PosttrainError("the model has no max_position_embeddings: set rollout.max_model_len")
+    return length
+
+
+def end_of_sequence_ids(
+    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """Tokens that end a completion: those of the generation configuration and the tokenizer's own."""
+    configured: Any = generation.eos_token_id if generation is not None else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
+
+
+def _location(model: ModelConfig) -> str:
+    """The local folder or hub name; transformers itself cannot tell a missing folder from a name."""
+    path = Path(model.path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise DataError(f"model.path: folder {model.path!r} has no config.json, so it is no model")
+        return str(path)
+    if path.is_file() or model.path.startswith(("/", ".", "~")) or model.path.count("/") > 1:
+        raise DataError(f"model.path: there is no model folder {model.path!r}")
+    return model.path
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

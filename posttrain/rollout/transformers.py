@@ -1,0 +1,268 @@
+"""The embedded engine: samples from a live transformers model, in training the trainer's own.
+
+There is nothing to copy at a sync, and the log-probs are the trainer's up to rounding. A call is cut into
+waves of `batch_size` rows. A wave prefills each of its prompts once, repeats the cache for the completions,
+and decodes token by token; a row leaves the batch at the step it finishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.errors import RolloutError
+from posttrain.rollout.build import end_of_sequence_ids, model_context
+from posttrain.rollout.engine import check_requests
+from posttrain.rollout.sampling import RowSampler
+from posttrain.rollout.types import Completion, RolloutRequest
+
+
+class TransformersEngine:
+    """A `RolloutEngine` that decodes with the model object it is given.
+
+    Args:
+        model: `PreTrainedModel` or `PeftModel` (adapters stay active), on any device and of any dtype.
+        tokenizer: turns token ids into text, and tells the end-of-sequence token beside the model's own.
+        max_model_len: longest prompt plus completion; None is the model's limit.
+        batch_size: rows decoded together. Sets memory and speed, never the result.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_model_len: int | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        self.version = 0
+        self.max_model_len = max_model_len or model_context(model.config)
+        self._model: PreTrainedModel | None = model
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._eos = end_of_sequence_ids(model.generation_config, tokenizer)
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`."""
+        if self._model is None:
+            raise RolloutError("the rollout engine is closed")
+        check_requests(requests, self.max_model_len)
+        rows = [_Row(r, i) for r, request in enumerate(requests) for i in range(request.sampling.n)]
+        # Rows of like length share a wave, so that little of it is padding.
+        rows.sort(
+            key=lambda row: (len(requests[row.request].prompt_ids), requests[row.request].sampling.max_tokens)
+        )
+        answers: list[dict[int, Completion]] = [{} for _ in requests]
+        with _inference(self._model):
+            for start in range(0, len(rows), self._batch_size):
+                wave = rows[start : start + self._batch_size]
+                for row, completion in zip(wave, self._decode(requests, wave), strict=True):
+                    answers[row.request][row.index] = completion
+        return [[answer[index] for index in range(len(answer))] for answer in answers]
+
+    def sync(self, model: PreTrainedModel) -> None:
+        """Sample from `model` from now on. Its weights are used where they are."""
+        self._model = model
+        self.version += 1
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = None
+
+    def _decode(self, requests: Sequence[RolloutRequest], wave: Sequence[_Row]) -> list[Completion]:
+        """Complete the rows of one wave."""
+        asked = [requests[row.request] for row in wave]
+        batch, logits = _prefill(self._model, [request.prompt_ids for request in asked])
+        sampler = RowSampler(
+            [request.sampling for request in asked], [row.index for row in wave], logits.device
+        )
+        outcome = _Outcome(asked, self._eos, self.max_model_len, self._tokenizer)
+        logprobs = torch.empty(len(wave), outcome.longest, device=logits.device)
+        active = torch.arange(len(wave), device=logits.device)
+        for step in range(outcome.longest):
+            tokens, logprobs[active, step] = sampler(logits)
+            kept = outcome.add(tokens.cpu().numpy())
+            if not kept:
+                break
+            if len(kept) < len(tokens):
+                rows = torch.tensor(kept, device=logits.device)
+                active, tokens = active[rows], tokens[rows]
+                sampler.select(rows, kept)
+                batch.select(rows)
+            logits = batch.forward(tokens)
+        return outcome.completions(logprobs.cpu().numpy())
+
+
+@dataclass(frozen=True)
+class _Row:
+    request: int
+    index: int
+
+
+class _Batch:
+    """The rows being decoded: their cache, attention mask and positions."""
+
+    def __init__(self, model: Any, cache: Cache, mask: torch.Tensor | None, positions: torch.Tensor) -> None:
+        self._model = model
+        self._cache = cache
+        self._mask = mask
+        self._positions = positions
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append one token (B,) to every row; logits (B, V) of the next."""
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        output = self._model(
+            input_ids=tokens[:, None],
+            attention_mask=self._mask,
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._positions = self._positions + 1
+        return output.logits[:, -1]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep only the given rows."""
+        # The one operation of this kind that every type of cache layer has, linear attention included.
+        self._cache.reorder_cache(rows)
+        self._positions = self._positions[rows]
+        if self._mask is not None:
+            self._mask = self._mask[rows]
+
+
+def _prefill(model: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[_Batch, torch.Tensor]:
+    """Run every distinct prompt once; the batch with one row per given prompt, and its next logits (B, V)."""
+    distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    width = max(map(len, distinct))
+    input_ids = torch.zeros(len(distinct), width, dtype=torch.long)
+    mask = torch.zeros(len(distinct), width, dtype=torch.bool)
+    for prompt, row in distinct.items():
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = True
+    padded = not bool(mask.all())
+    input_ids, mask = input_ids.to(model.device), mask.to(model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
+    cache = DynamicCache(config=model.config)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=mask if padded else None,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    batch = _Batch(model, cache, mask if padded else None, positions[:, -1:] + 1)
+    rows = torch.tensor([distinct[prompt] for prompt in prompts], device=model.device)
+    batch.select(rows)
+    return batch, output.logits[:, -1][rows]
+
+
+class _Outcome:
+    """The tokens of a wave, kept on the host, and the decision which rows go on."""
+
+    def __init__(
+        self,
+        requests: Sequence[RolloutRequest],
+        eos: frozenset[int],
+        max_model_len: int,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        samplings = [request.sampling for request in requests]
+        self._caps = np.array(
+            [min(r.sampling.max_tokens, max_model_len - len(r.prompt_ids)) for r in requests], dtype=np.int64
+        )
+        stops = [sorted(eos.union(sampling.stop_token_ids)) for sampling in samplings]
+        self._stop_ids = np.full((len(stops), max(map(len, stops))), -1, dtype=np.int64)
+        for row, ids in enumerate(stops):
+            self._stop_ids[row, : len(ids)] = ids
+        self._strings = [sampling.stop for sampling in samplings]
+        self._any_strings = any(self._strings)
+        self._tokenizer = tokenizer
+        self._hidden = np.array(sorted(tokenizer.all_special_ids))
+        self._tokens = np.zeros((len(requests), self.longest), dtype=np.int64)
+        self._lengths = np.zeros(len(requests), dtype=np.int64)
+        self._stopped = np.zeros(len(requests), dtype=bool)
+        self._active = np.arange(len(requests))
+        self._step = 0
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that any row may still get."""
+        return int(self._caps.max())
+
+    def add(self, tokens: np.ndarray) -> list[int]:
+        """Append a token to every active row; positions among them of the rows that go on."""
+        self._tokens[self._active, self._step] = tokens
+        self._step += 1
+        stopped = (self._stop_ids[self._active] == tokens[:, None]).any(axis=1)
+        if self._any_strings:
+            stopped |= self._ends_with_string(~stopped)
+        finished = stopped | (self._caps[self._active] == self._step)
+        done = self._active[finished]
+        self._stopped[done] = stopped[finished]
+        self._lengths[done] = self._step
+        self._active = self._active[~finished]
+        return np.flatnonzero(~finished).tolist()
+
+    def _ends_with_string(self, candidates: np.ndarray) -> np.ndarray:
+        """Which active rows contain one of their stop strings, looking at the tail that is new enough.
+
+        A token may be a single byte, and special tokens have no text, hence a tail of as many other tokens
+        as the string has bytes; the few more keep a decoder that strips a leading space away from the match.
+        """
+        found = np.zeros(len(self._active), dtype=bool)
+        rows = [(at, row) for at, row in enumerate(self._active) if candidates[at] and self._strings[row]]
+        tails = []
+        for _, row in rows:
+            tokens = self._tokens[row, : self._step]
+            visible = tokens[~np.isin(tokens, self._hidden)]
+            tails.append(visible[-4 - max(len(string.encode()) for string in self._strings[row]) :].tolist())
+        for (at, row), text in zip(rows, _decode_texts(self._tokenizer, tails), strict=True):
+            found[at] = any(string in text for string in self._strings[row])
+        return found
+
+    def completions(self, logprobs: np.ndarray) -> list[Completion]:
+        """The finished rows, in the order of the requests; `logprobs` is (rows, longest)."""
+        rows = [self._tokens[row, :length].tolist() for row, length in enumerate(self._lengths)]
+        completions = []
+        for row, (tokens, text) in enumerate(zip(rows, _decode_texts(self._tokenizer, rows), strict=True)):
+            values = logprobs[row, : len(tokens)]
+            if not np.isfinite(values).all():
+                raise RolloutError("the policy's logits are not finite; its weights are broken")
+            completions.append(
+                Completion(
+                    token_ids=tuple(tokens),
+                    logprobs=tuple(values.tolist()),
+                    finish_reason="stop" if self._stopped[row] else "length",
+                    text=text,
+                )
+            )
+        return completions
+
+
+def _decode_texts(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@contextmanager
+def _inference(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode comes back afterwards.
+
+    `no_grad`, not `inference_mode`: some rotary embeddings store what they compute in a forward pass, and
+    an inference tensor left there would break the next backward pass.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
