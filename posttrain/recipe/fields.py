@@ -1,0 +1,103 @@
+"""Which fields the schema has at a place, and which valid one a wrong key may have meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from posttrain.recipe.nodes import key_path
+from posttrain.recipe.schema import Recipe
+
+Path = tuple[str | int, ...]
+
+
+def fields_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Annotation of each field, by the name it has in a recipe."""
+    return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section in an annotation such as `X`, `X | None` or `list[X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := section_of(part))), None)
+
+
+def annotation_at(path: Path) -> Any:
+    """The annotation of the field that a path ends in; None where the schema has no such field."""
+    section: type[BaseModel] | None = Recipe
+    annotation: Any = Recipe
+    for part in path:
+        if isinstance(part, int):
+            annotation = next(iter(get_args(annotation)), None) if get_origin(annotation) is list else None
+        else:
+            annotation = fields_of(section).get(part) if section is not None else None
+        section = section_of(annotation)
+    return annotation
+
+
+def choices_of(annotation: Any) -> list[str]:
+    """The words a `Literal` (within an optional or a list) allows."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for part in get_args(annotation) for choice in choices_of(part)]
+
+
+def nearest(word: str, choices: list[str]) -> str | None:
+    """The most similar choice, if any is similar."""
+    lower = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.66)
+    return lower[found[0]] if found else None
+
+
+def did_you_mean(word: str, choices: list[str]) -> str:
+    """` Did you mean x?`, or nothing."""
+    found = nearest(word, choices)
+    return f" Did you mean {found}?" if found else ""
+
+
+def explain_unknown(path: Path) -> str:
+    """One sentence about a key the schema does not have at this place: what it may have meant.
+
+    In this order: the same name deeper in the section, a similar name in the section, a similar name
+    deeper, the same name elsewhere in the recipe, and else the names that are valid here.
+    """
+    name = str(path[-1])
+    section = section_of(annotation_at(path[:-1]))
+    if section is None:
+        return "unknown field."
+    here = list(fields_of(section))
+    deeper = {names[-1]: ".".join(names) for names in reversed(list(_nested(section)))}
+    if name in deeper:
+        return f"unknown field. It belongs at {_join(path[:-1], deeper[name])}."
+    if similar := nearest(name, here):
+        return f"unknown field. Did you mean {similar}?"
+    if similar := nearest(name, list(deeper)):
+        return f"unknown field. Did you mean {deeper[similar]}?"
+    anywhere = {names[-1]: ".".join(names) for names in reversed(list(_nested(Recipe)))}
+    anywhere.update({field: field for field in fields_of(Recipe)})
+    if name in anywhere:
+        return f"unknown field. It belongs at {anywhere[name]}."
+    return f"unknown field. Valid here: {', '.join(here)}."
+
+
+def _nested(section: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    """Names of the fields below a section's own, nearest first; `stages[]` stands for any entry."""
+    level: list[tuple[tuple[str, ...], type[BaseModel]]] = [((), section)]
+    while level:
+        below: list[tuple[tuple[str, ...], type[BaseModel]]] = []
+        for names, model in level:
+            for field, annotation in fields_of(model).items():
+                if names:
+                    yield (*names, field)
+                if (child := section_of(annotation)) is not None:
+                    many = get_origin(annotation) is list
+                    below.append(((*names, f"{field}[]" if many else field), child))
+        level = below
+
+
+def _join(path: Path, names: str) -> str:
+    return ".".join(part for part in (key_path(path), names) if part)
