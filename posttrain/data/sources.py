@@ -251,8 +251,8 @@ def _to_example(row: Row, source: DataSource) -> Example:
     for key in ("prompt", "answer", "completion"):
         column = getattr(columns, key)
         if column is not None and column not in values:
-            hint = f"; set columns.{key}" + (" (null when there is none)" if key == "answer" else "")
-            raise DataError(f"{where}: no column {column!r}; {_known(column, values, 'columns')}{hint}")
+            hint = f"set columns.{key}" + (", null if there is none" if key == "answer" else "")
+            raise DataError(f"{where}: no column {column!r} ({hint}); {_known(column, values, 'columns')}")
     prompt = _text_or_messages(values[columns.prompt], where, "prompt")
     answer = None if columns.answer is None else _answer_text(values[columns.answer], where)
     others = {name: value for name, value in values.items() if name not in ("prompt", "answer")}
