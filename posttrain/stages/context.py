@@ -31,8 +31,8 @@ class StageContext:
     metrics: MetricsFile
     show: Callable[[int, int, dict[str, Any]], None]
     """Progress display: (step, number of steps, metrics)."""
-    is_main: bool = True
-    """Whether this process writes (rank 0)."""
+    rank: int = 0
+    world: int = 1
 
     def folder(self, kind: str) -> Path:
         """`run_dir/<kind>/<stage>`, made on first use."""
@@ -46,14 +46,13 @@ class StageContext:
         self.show(step, steps, metrics)
 
     def hand_over(self, model: Any, tokenizer: Any, summary: dict[str, Any] | None = None) -> StageResult:
-        """Save `model` under `models/<stage>` in the ordinary Hugging Face format for the next stage."""
+        """Save `model` (or its adapter) under `models/<stage>` in the ordinary format for the next stage."""
         folder = self.folder("models")
-        if self.is_main:
+        if self.rank == 0:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        return StageResult(replace_path(self.model, folder), summary or {})
-
-
-def replace_path(model: ModelConfig, path: Path) -> ModelConfig:
-    """The same model configuration with other weights."""
-    return model.model_copy(update={"path": str(path), "revision": None})
+        if hasattr(model, "peft_config"):
+            trained = self.model.model_copy(update={"adapter": str(folder)})
+        else:
+            trained = self.model.model_copy(update={"path": str(folder), "revision": None})
+        return StageResult(trained, summary or {})

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from posttrain.data.prompts import encode_demonstration, encode_prompt
 from posttrain.data.sources import load_examples
 from posttrain.errors import DataError, RecipeError
 from posttrain.recipe.schema import SftStage
-from posttrain.rollout.build import load_model, load_tokenizer
+from posttrain.rollout.build import load_tokenizer
 from posttrain.rollout.types import Example
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.arguments import optimizer_arguments, world_size
+from posttrain.training.load import compute_dtype, load_policy
 
 
 class _Metrics(TrainerCallback):
@@ -40,7 +41,8 @@ def finetune(
     *,
     output_dir: Path,
     seed: int,
-    prompt_format: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    prompt_format: Any = "auto",
     report_to: Sequence[str] = (),
     log: Callable[[int, int, dict[str, Any]], None] = lambda step, of, metrics: None,
 ) -> None:
@@ -80,7 +82,7 @@ def finetune(
         seed=seed,
         disable_tqdm=True,
         report_to=list(report_to) or "none",
-        **optimizer_arguments(stage.optimizer, dtype=next(model.parameters()).dtype),
+        **optimizer_arguments(stage.optimizer, dtype=dtype),
     )
     trainer = SFTTrainer(
         model=model,
@@ -89,7 +91,7 @@ def finetune(
         processing_class=tokenizer,
         callbacks=[_Metrics(log)],
     )
-    trainer.pop_callback("PrinterCallback")
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
 
 
@@ -98,8 +100,8 @@ def run(stage: SftStage, context: StageContext) -> StageResult:
     source = stage.data or context.recipe.data.train
     assert source is not None  # the recipe's checks ask for it
     tokenizer = load_tokenizer(context.model)
-    model = load_model(context.model, trainable=True)
-    torch.manual_seed(context.recipe.seed)
+    set_seed(context.recipe.seed)
+    model = load_policy(context.model)
     finetune(
         model,
         tokenizer,
@@ -107,6 +109,7 @@ def run(stage: SftStage, context: StageContext) -> StageResult:
         stage,
         output_dir=context.folder("checkpoints"),
         seed=context.recipe.seed,
+        dtype=compute_dtype(context.model),
         prompt_format=source.format,
         report_to=context.recipe.report_to,
         log=context.log_step,

@@ -18,7 +18,7 @@ def world_size() -> int:
 def optimizer_arguments(optimizer: OptimizerConfig, *, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments shared by every stage that trains: optimiser, precision, device.
 
-    `dtype` is that of the weights: bfloat16 weights train under bfloat16 autocast.
+    `dtype` is what the model computes in; bfloat16 is done by autocast, over weights in float32.
     """
     on_cpu = not torch.cuda.is_available()
     return {

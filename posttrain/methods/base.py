@@ -1,0 +1,202 @@
+"""What a method may do in a training step. Every hook does nothing by default.
+
+A step is: plan → generate → score → advantages → update → sync. A method is one class in one file that
+overrides the hooks its paper needs; the trainer calls the hooks of all methods of a stage in the order the
+recipe lists them, and never asks which method it is talking to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from posttrain.errors import RecipeError
+from posttrain.rollout.engine import RolloutEngine
+from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, make_rollouts
+
+ENTRY_POINTS = "posttrain.methods"
+
+
+@dataclass
+class RolloutPlan:
+    """The requests of a step, before generation."""
+
+    requests: list[RolloutRequest]
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One policy-gradient term of the loss.
+
+    `advantages` maps the ids of the rollouts it trains to one advantage for the whole completion or one per
+    completion token. Each channel has its own denominator: adding one never changes another's effective
+    learning rate.
+    """
+
+    name: str
+    advantages: Mapping[str, float | Sequence[float]]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One supervised term of the loss: weighted negative log-likelihood, divided by its own token count.
+
+    `rows` are (prompt ids, completion ids) pairs; the loss is on the completions.
+    """
+
+    name: str
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+    weight: float = 1.0
+
+
+@dataclass
+class StepContext:
+    """What the hooks may use.
+
+    `rng` is derived from (run seed, step, method), `log` adds a value to the step's metrics (averaged when
+    called several times), `model` is the unwrapped policy, `score` fills the rewards of rollouts in place.
+    """
+
+    step: int
+    engine: RolloutEngine
+    tokenizer: Any
+    model: Any
+    rng: np.random.Generator
+    log: Callable[[str, float], None]
+    score: Callable[[Sequence[Rollout]], None]
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> RolloutBatch:
+        """Sample follow-up rollouts with the current weights."""
+        return make_rollouts(requests, self.engine.generate(requests), self.engine.version)
+
+
+class NoOptions(BaseModel):
+    """Configuration of a method without options."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Method:
+    """Base class of methods.
+
+    `conflicts` maps names of methods this one cannot be combined with to the reason.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[BaseModel]] = NoOptions
+    conflicts: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def plan(self, plan: RolloutPlan, context: StepContext) -> RolloutPlan:
+        """Drop, change or add requests before generation."""
+        return plan
+
+    def extend(self, batch: RolloutBatch, context: StepContext) -> RolloutBatch:
+        """Add follow-up rollouts or rewards after scoring."""
+        return batch
+
+    def channels(self, batch: RolloutBatch, context: StepContext) -> list[Channel]:
+        """Advantages this method adds. A channel named like an earlier one ("outcome") replaces it."""
+        return []
+
+    def auxiliary(self, context: StepContext) -> list[LossTerm]:
+        """Supervised terms of this step's loss."""
+        return []
+
+    def after_update(self, context: StepContext) -> None:
+        """Called when the optimiser has stepped."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold for this method, as JSON-compatible values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method of a recipe: its class and its validated options."""
+
+    kind: type[Method]
+    config: BaseModel = field(default_factory=NoOptions)
+
+
+def load_attribute(reference: str) -> Any:
+    """The object that `package.module:attribute` or `path/to/file.py:attribute` names.
+
+    Raises:
+        RecipeError: no such file, module or attribute.
+    """
+    module_name, _, attribute = reference.rpartition(":")
+    try:
+        if module_name.endswith(".py"):
+            path = Path(module_name)
+            spec = importlib.util.spec_from_file_location(f"posttrain_user_{path.stem}", path)
+            if spec is None or spec.loader is None or not path.is_file():
+                raise RecipeError(f"{reference}: there is no file {module_name}")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(module_name)
+        return getattr(module, attribute)
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"{reference}: {error}") from None
+    except AttributeError:
+        raise RecipeError(f"{reference}: {module_name} defines no {attribute}") from None
+
+
+def find_method(name: str) -> type[Method]:
+    """The method class of a built-in name, an entry point's name, or a `module:Class` reference.
+
+    Raises:
+        RecipeError: there is none, or it is no method.
+    """
+    if ":" in name:
+        kind = load_attribute(name)
+    elif importlib.util.find_spec(f"posttrain.methods.{name}") is not None and name != "base":
+        kind = load_attribute(f"posttrain.methods.{name}:METHOD")
+    else:
+        found = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+        if name not in found:
+            known = ", ".join(sorted(found)) or "none is installed"
+            raise RecipeError(f"no method named {name!r} ({known}); a method of your own is `file.py:Class`")
+        kind = found[name].load()
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        raise RecipeError(f"{name}: not a subclass of posttrain.methods.base.Method")
+    return kind
+
+
+def load_methods(entries: Sequence[str | Mapping[str, Mapping[str, Any]]]) -> list[MethodSpec]:
+    """The methods of a policy stage, from the recipe's `methods` list.
+
+    Raises:
+        RecipeError: unknown method, wrong options, or two methods that cannot be combined.
+    """
+    specs: list[MethodSpec] = []
+    for entry in entries:
+        name, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+        kind = find_method(name)
+        try:
+            specs.append(MethodSpec(kind, kind.Config.model_validate(options)))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(map(str, [name, *problem["loc"]]))
+            raise RecipeError(f"methods: {place}: {problem['msg']}") from None
+    for spec in specs:
+        for other in specs:
+            if other.kind.name in spec.kind.conflicts:
+                reason = spec.kind.conflicts[other.kind.name]
+                raise RecipeError(f"methods: {spec.kind.name} cannot be combined with {other.kind.name}: {reason}")
+    return specs

@@ -1,0 +1,130 @@
+"""What a running recipe shows: a progress bar where there is a terminal, and one line a step."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+
+HEALTH = (
+    ("loss", "loss", "{:.4f}"),
+    ("reward", "reward", "{:.3f}"),
+    ("completions/mean_length", "length", "{:.1f}"),
+    ("completions/truncated", "truncated", "{:.0%}"),
+    ("groups/zero_variance", "zero-variance", "{:.0%}"),
+    ("rewards/unscored", "unscored", "{:.1%}"),
+    ("entropy", "entropy", "{:.3f}"),
+    ("kl", "kl", "{:.4f}"),
+    ("sampling/logprob_difference", "mismatch", "{:.1e}"),
+    ("mean_token_accuracy", "token accuracy", "{:.3f}"),
+)
+PHASES = ("generate", "score", "update", "sync")
+
+
+def health_line(metrics: Mapping[str, Any]) -> str:
+    """The metrics of a step that say whether it is healthy, on one line."""
+    parts = [f"{label} {form.format(float(metrics[key]))}" for key, label, form in HEALTH if key in metrics]
+    seconds = [float(metrics[f"seconds/{phase}"]) for phase in PHASES if f"seconds/{phase}" in metrics]
+    if seconds:
+        parts.append(f"{sum(seconds):.1f} s")
+    return "  ".join(parts)
+
+
+class Progress:
+    """Shows stages as they run and keeps the lines in `logs/run.log`. Silent on ranks other than the first."""
+
+    def __init__(self, log_dir: Path, *, enabled: bool = True):
+        self.enabled = enabled
+        self.log_dir = log_dir
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._file: IO[str] | None = None
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Progress:
+        if self.enabled:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+            self._file = (self.log_dir / "run.log").open("a", encoding="utf-8")
+            _quiet_libraries()
+            if self.console.is_terminal:
+                self._bar = Bar(
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TimeElapsedColumn(),
+                    TimeRemainingColumn(),
+                    console=self.console,
+                    transient=True,
+                )
+                self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def say(self, text: str) -> None:
+        """One line on the terminal and in the log."""
+        if not self.enabled or self._file is None:
+            return
+        self.console.print(text, markup=False)
+        self._file.write(text + "\n")
+        self._file.flush()
+        sys.stdout.flush()
+
+    def stage(self, name: str, kind: str) -> Callable[[int, int, dict[str, Any]], None]:
+        """Announce a stage. Returns what shows its steps."""
+        self.say(f"── {name} ({kind})")
+        task = self._bar.add_task(name, total=None) if self._bar is not None else None
+
+        def show(step: int, steps: int, metrics: dict[str, Any]) -> None:
+            if self._bar is not None and task is not None:
+                self._bar.update(task, completed=step, total=steps)
+            if "phase" in metrics:
+                self.say(f"   {metrics['phase']} …")
+            else:
+                self.say(f"   step {step}/{steps}  {health_line(metrics)}")
+
+        return show
+
+    def finished(self, name: str, summary: Mapping[str, Any], seconds: float) -> None:
+        """The stage is done; show its results if it has any."""
+        if self._bar is not None:
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+        if "evaluation" in summary:
+            for metric, value in summary["evaluation"]["metrics"].items():
+                self.say(f"   {metric_line(metric, value)}")
+        self.say(f"   {name} took {seconds:.0f} s")
+
+
+def metric_line(metric: str, value: Mapping[str, Any]) -> str:
+    """A metric with its interval: shares in per cent, lengths in tokens."""
+    scale, unit = (1.0, " tokens") if metric == "mean_length" else (100.0, " %")
+    numbers = [scale * float(value[key]) for key in ("value", "low", "high")]
+    interval = f"[{numbers[1]:.1f}, {numbers[2]:.1f}]"
+    return f"{metric:<12} {numbers[0]:5.1f}{unit}  {value['confidence']:.0%} interval {interval}, n={value['n']}"
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and chatter of other libraries would tear the display; warnings stay."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    logging.getLogger("deepspeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,141 @@
+"""Evaluation: sample answers to held-out problems; metrics with confidence intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from posttrain.data.answers import extract_answer
+from posttrain.data.prompts import encode_prompt, render_prompt
+from posttrain.data.sources import load_examples
+from posttrain.evaluation.metrics import (
+    Estimate,
+    estimate,
+    majority_at_k_values,
+    mean_values,
+    pass_at_k_values,
+)
+from posttrain.recipe.schema import EvaluateStage
+from posttrain.rewards.scorer import Scorer
+from posttrain.rollout.build import build_engine, load_tokenizer
+from posttrain.rollout.engine import RolloutEngine
+from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, Sampling, make_rollouts, with_seed
+from posttrain.stages.context import StageContext, StageResult
+from posttrain.training.record import rollout_rows, write_json, write_rollouts
+
+SEED = 0
+"""Evaluations use the same sampling seeds whatever the run's seed: two runs differ by their models alone."""
+
+
+def run(stage: EvaluateStage, context: StageContext) -> StageResult:
+    """Run the stage: sample, score, estimate, write. The model is handed on as it is."""
+    recipe = context.recipe
+    source = stage.data or recipe.data.eval
+    assert source is not None  # the recipe's checks ask for it
+    tokenizer = load_tokenizer(context.model)
+    examples = load_examples(source)
+    sampling = Sampling(
+        max_tokens=stage.max_tokens or recipe.rollout.max_tokens,
+        n=stage.samples,
+        temperature=stage.temperature,
+        top_p=stage.top_p,
+        top_k=stage.top_k,
+        stop=tuple(recipe.rollout.stop),
+    )
+    requests = [
+        with_seed(
+            RolloutRequest(encode_prompt(example, tokenizer, source.format), example, example.id, sampling),
+            SEED,
+            "evaluate",
+            example.id,
+        )
+        for example in examples
+    ]
+    engine = build_engine(recipe.rollout, context.model, tokenizer, seed=SEED)
+    try:
+        with Scorer(recipe.rewards, recipe.reward_options) as scorer:
+            sampled = _answer(requests, engine, scorer, context, "sampling")
+            greedy = None
+            if "greedy" in stage.metrics:
+                once = replace(sampling, n=1, temperature=0.0, top_p=1.0, top_k=0)
+                greedy = _answer(
+                    [replace(request, sampling=once, role="greedy") for request in requests],
+                    engine,
+                    scorer,
+                    context,
+                    "greedy",
+                )
+    finally:
+        engine.close()
+
+    reward = stage.correct.reward or recipe.rewards[0].name
+    metrics = measure(stage, sampled, greedy, reward)
+    rollouts = sampled.rollouts + (greedy.rollouts if greedy else [])
+    rows = rollout_rows(
+        rollouts,
+        step=0,
+        prompt_text={example.id: render_prompt(example, tokenizer, source.format) for example in examples},
+    )
+    for row, rollout in zip(rows, rollouts, strict=True):
+        row["correct"] = is_correct(rollout, reward, stage.correct.threshold)
+    write_rollouts(context.folder("rollouts") / "samples.parquet", rows)
+    summary = {
+        "stage": context.name,
+        "model": context.model.path,
+        "problems": len(examples),
+        "samples": stage.samples,
+        "correct": {"reward": reward, "threshold": stage.correct.threshold},
+        "metrics": {name: asdict(value) for name, value in metrics.items()},
+        "unscored": sum(rollout.rewards.get(reward) is None for rollout in rollouts),
+        "tokens/sampled": sum(len(rollout.completion.token_ids) for rollout in rollouts),
+    }
+    write_json(context.folder("evaluations") / "metrics.json", summary)
+    return StageResult(context.model, {"evaluation": summary})
+
+
+def _answer(
+    requests: Sequence[RolloutRequest],
+    engine: RolloutEngine,
+    scorer: Scorer,
+    context: StageContext,
+    what: str,
+) -> RolloutBatch:
+    context.show(0, 1, {"phase": what})
+    batch = make_rollouts(requests, engine.generate(requests), engine.version)
+    scorer.score(batch.rollouts)
+    return batch
+
+
+def is_correct(rollout: Rollout, reward: str, threshold: float) -> bool | None:
+    """Whether a rollout's reward reaches the threshold; None when it has no value."""
+    value = rollout.rewards.get(reward)
+    return None if value is None else value >= threshold
+
+
+def measure(
+    stage: EvaluateStage, sampled: RolloutBatch, greedy: RolloutBatch | None, reward: str
+) -> dict[str, Estimate]:
+    """The metrics a stage asks for, by name.
+
+    Outcomes are grouped by problem; a sample without a score is left out, never counted as wrong.
+    """
+    groups = list(sampled.groups().values())
+    correct = [[is_correct(rollout, reward, stage.correct.threshold) for rollout in group] for group in groups]
+    values: dict[str, Any] = {}
+    for metric in stage.metrics:
+        kind, _, k = metric.partition("@")
+        if kind == "pass":
+            values[metric] = pass_at_k_values(correct, int(k))
+        elif kind == "maj":
+            votes = [[extract_answer(rollout.completion.text) for rollout in group] for group in groups]
+            values[metric] = majority_at_k_values(votes, correct, int(k))
+        elif kind == "greedy" and greedy is not None:
+            outcomes = [is_correct(rollout, reward, stage.correct.threshold) for rollout in greedy]
+            values[metric] = np.array([np.nan if outcome is None else float(outcome) for outcome in outcomes])
+        else:
+            lengths = [[float(len(rollout.completion.token_ids)) for rollout in group] for group in groups]
+            values[metric] = mean_values(lengths)
+    return {metric: estimate(value, stage.confidence) for metric, value in values.items()}

@@ -1,0 +1,137 @@
+"""Reinforcement learning from rewards, by `posttrain.training.policy.PolicyTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from posttrain.data.prompts import check_lengths, encode_prompt, render_prompt
+from posttrain.data.sources import load_examples
+from posttrain.methods.base import load_methods
+from posttrain.recipe.schema import PolicyStage
+from posttrain.rewards.scorer import Scorer
+from posttrain.rollout.build import build_engine, load_tokenizer
+from posttrain.rollout.types import Example
+from posttrain.stages.context import StageContext, StageResult
+from posttrain.training.arguments import optimizer_arguments
+from posttrain.training.collect import Collector
+from posttrain.training.load import compute_dtype, load_policy, load_reference
+from posttrain.training.policy import PolicyTrainer, StepRecord
+from posttrain.training.prompts import PromptOrder
+from posttrain.training.record import rollout_rows, write_rollouts
+
+VERIFY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Mean absolute log-prob difference in nats: rounding alone gives 1e-6 in float32 and about 0.01 in bfloat16."""
+
+
+def run(stage: PolicyStage, context: StageContext) -> StageResult:
+    """Run the stage: build the parts, train, save the policy."""
+    recipe = context.recipe
+    source = stage.data or recipe.data.train
+    assert source is not None  # the recipe's checks ask for it
+    methods = [spec.kind(spec.config) for spec in load_methods(stage.methods)]
+    tokenizer = load_tokenizer(context.model)
+    examples = load_examples(source)
+    set_seed(recipe.seed)
+    model = load_policy(context.model, reference_adapter=stage.loss.kl > 0)
+    dtype = compute_dtype(context.model)
+    arguments = _arguments(stage, context, dtype)
+    model.to(arguments.device)
+    engine = build_engine(recipe.rollout, context.model, tokenizer, model=model, seed=recipe.seed)
+    try:
+        with Scorer(recipe.rewards, recipe.reward_options) as scorer:
+            prompts = _fitting(examples, tokenizer, source.format, stage, engine.max_model_len - 1)
+            collector = Collector(
+                engine=engine,
+                scorer=scorer,
+                order=PromptOrder([example for example, _ in prompts], recipe.seed),
+                encode={example.id: ids for example, ids in prompts}.__getitem__,
+                stage=stage,
+                rollout=recipe.rollout,
+                rewards=recipe.reward_options,
+                methods=methods,
+                seed=recipe.seed,
+            )
+            trainer = PolicyTrainer(
+                model=model,
+                tokenizer=tokenizer,
+                arguments=arguments,
+                collector=collector,
+                stage=stage,
+                rollout=recipe.rollout,
+                methods=methods,
+                reference=load_reference(context.model, arguments.device) if stage.loss.kl else None,
+                seed=recipe.seed,
+                verify_tolerance=stage.verify_tolerance or VERIFY_TOLERANCE[dtype],
+                on_rollouts=lambda record: _write(record, stage, context, tokenizer, source.format),
+                on_log=context.log_step,
+            )
+            trainer.train()
+    finally:
+        engine.close()
+    return context.hand_over(trainer.policy, tokenizer, trainer.totals.values())
+
+
+def _arguments(stage: PolicyStage, context: StageContext, dtype: torch.dtype) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(context.folder("checkpoints")),
+        max_steps=stage.steps * stage.updates_per_batch,
+        gradient_checkpointing=stage.gradient_checkpointing,
+        logging_steps=1,
+        save_strategy="steps" if stage.save_steps else "no",
+        save_steps=(stage.save_steps or 1) * stage.updates_per_batch,
+        seed=context.recipe.seed,
+        disable_tqdm=True,
+        report_to=list(context.recipe.report_to) or "none",
+        remove_unused_columns=False,
+        **optimizer_arguments(stage.optimizer, dtype=dtype),
+    )
+
+
+def _fitting(
+    examples: Sequence[Example], tokenizer: Any, prompt_format: Any, stage: PolicyStage, context_length: int
+) -> list[tuple[Example, tuple[int, ...]]]:
+    """The prompts that leave room for an answer, with their token ids."""
+    prompts = [(example, encode_prompt(example, tokenizer, prompt_format)) for example in examples]
+    kept, dropped = check_lengths(prompts, context_length, stage.on_long_prompt)
+    if dropped:
+        print(f"{dropped} of {len(examples)} prompts do not fit and are left out (on_long_prompt: drop)")
+    return kept
+
+
+def _write(
+    record: StepRecord, stage: PolicyStage, context: StageContext, tokenizer: Any, prompt_format: Any
+) -> None:
+    """Write the rollouts of a step to the run folder; every rank writes its own part."""
+    batch = (record.step - 1) // stage.updates_per_batch
+    if not stage.log_rollouts or batch % stage.log_rollouts:
+        return
+    collected = record.collected
+    rollouts = [*collected.batch, *collected.dropped]
+    advantages = {
+        channel.name: {
+            rollout.id: _per_token(channel.advantages[rollout.id], len(rollout.completion.token_ids))
+            for rollout in rollouts
+            if rollout.id in channel.advantages
+        }
+        for channel in record.channels
+    }
+    dropped = {rollout.id: f"dropped: {collected.reasons[rollout.id]}" for rollout in collected.dropped}
+    examples = {rollout.request.example.id: rollout.request.example for rollout in rollouts}
+    rows = rollout_rows(
+        rollouts,
+        step=record.step,
+        prompt_text={key: render_prompt(example, tokenizer, prompt_format) for key, example in examples.items()},
+        status={rollout.id: dropped.get(rollout.id, "trained") for rollout in rollouts},
+        advantages=advantages,
+    )
+    part = "" if context.world == 1 else f"-{context.rank}"
+    write_rollouts(Path(context.folder("rollouts")) / f"step-{record.step:06d}{part}.parquet", rows)
+
+
+def _per_token(value: float | Sequence[float], length: int) -> list[float]:
+    return [float(value)] * length if isinstance(value, int | float) else [float(v) for v in value]

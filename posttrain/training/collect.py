@@ -1,0 +1,216 @@
+"""From prompts to scored rollouts: plan, generate, score, redraw. The first half of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from posttrain.errors import RewardError, TrainingError
+from posttrain.methods.base import Method, RolloutPlan, StepContext
+from posttrain.recipe.schema import PolicyStage, RewardOptions, RolloutConfig
+from posttrain.rewards.scorer import Scorer
+from posttrain.rollout.engine import RolloutEngine
+from posttrain.rollout.types import (
+    Example,
+    Rollout,
+    RolloutBatch,
+    RolloutRequest,
+    Sampling,
+    derive_seed,
+    make_rollouts,
+    with_seed,
+)
+from posttrain.training.advantages import zero_variance
+from posttrain.training.prompts import PromptOrder
+
+SOLUTION = "solution"
+
+
+@dataclass
+class Collected:
+    """Everything one step sampled.
+
+    `batch` is what may be trained on; `dropped` are the rollouts left out, with the reason by rollout id.
+    `seconds` are by phase.
+    """
+
+    batch: RolloutBatch
+    dropped: list[Rollout] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def drop(self, rollouts: Sequence[Rollout], reason: Callable[[Rollout], str]) -> None:
+        """Leave rollouts out of the batch."""
+        ids = {rollout.id for rollout in rollouts}
+        self.dropped += rollouts
+        self.reasons |= {rollout.id: reason(rollout) for rollout in rollouts}
+        self.batch = self.batch.filter(lambda rollout: rollout.id not in ids)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
+
+
+def has_failed(rollout: Rollout) -> bool:
+    """Whether a rollout lacks its score because a reward that counts failed on it."""
+    return rollout.reward is None and bool(rollout.reward_errors)
+
+
+def unscored_reason(rollout: Rollout) -> str:
+    """Why a rollout has no reward, in a few words."""
+    if rollout.reward_errors:
+        return "unscored: " + "; ".join(f"{name}: {why}" for name, why in rollout.reward_errors.items())
+    return "unscored: no reward applies"
+
+
+class Collector:
+    """Samples and scores the rollouts of a step.
+
+    A prompt has a slot in its step, and all its random choices derive from (run seed, step, slot), so they do
+    not depend on how slots are spread over ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: RolloutEngine,
+        scorer: Scorer,
+        order: PromptOrder,
+        encode: Callable[[Example], tuple[int, ...]],
+        stage: PolicyStage,
+        rollout: RolloutConfig,
+        rewards: RewardOptions,
+        methods: Sequence[Method],
+        seed: int,
+    ):
+        self.engine = engine
+        self.scorer = scorer
+        self.order = order
+        self.encode = encode
+        self.stage = stage
+        self.rewards = rewards
+        self.methods = methods
+        self.seed = seed
+        self.sampling = Sampling(
+            max_tokens=rollout.max_tokens,
+            n=stage.group_size,
+            temperature=rollout.temperature,
+            stop=tuple(rollout.stop),
+        )
+
+    def collect(self, slots: range, contexts: Sequence[StepContext]) -> Collected:
+        """The rollouts of this rank's slots of a step. `contexts` belong to the methods, one each.
+
+        Raises:
+            RewardError: a reward failed and the recipe says `on_error: fail`.
+            TrainingError: not one rollout could be scored.
+        """
+        step = contexts[0].step
+        collected = Collected(RolloutBatch([]))
+        plan = RolloutPlan([self._request(step, slot, attempt=0) for slot in slots])
+        for method, context in zip(self.methods, contexts, strict=False):
+            plan = method.plan(plan, context)
+        collected.batch = self._sample(plan.requests, collected, step)
+        self._replace_zero_variance(collected, step)
+        for method, context in zip(self.methods, contexts, strict=False):
+            collected.batch = method.extend(collected.batch, context)
+        return collected
+
+    def _request(self, step: int, slot: int, attempt: int) -> RolloutRequest:
+        position = step * self.stage.prompts_per_step + slot
+        example = self.order.replacement(position, attempt) if attempt else self.order.at(position)
+        request = RolloutRequest(
+            prompt_ids=self.encode(example),
+            example=example,
+            group=f"{step}.{slot}.{attempt}" if attempt else f"{step}.{slot}",
+            sampling=self.sampling,
+            role=SOLUTION,
+        )
+        return with_seed(request, self.seed, "rollout", step, slot, attempt, request.role)
+
+    def _sample(self, requests: list[RolloutRequest], collected: Collected, step: int) -> RolloutBatch:
+        """Generate and score; redraw or drop what could not be scored."""
+        with collected.timed("generate"):
+            batch = make_rollouts(requests, self.engine.generate(requests), self.engine.version)
+        self.score(batch.rollouts, collected, step)
+        for redraw in range(1, self.rewards.max_redraws + 1 if self.rewards.on_error == "redraw" else 1):
+            failed = [rollout for rollout in batch if has_failed(rollout)]
+            if not failed:
+                break
+            again = self._draw_again(failed, redraw, collected)
+            self.score(again, collected, step)
+            for old in failed:
+                collected.reasons[f"{old.id}/drawn-{redraw}"] = unscored_reason(old)
+            replaced = {rollout.id: rollout for rollout in again}
+            batch = RolloutBatch([replaced.get(rollout.id, rollout) for rollout in batch])
+        failed = [rollout for rollout in batch if rollout.reward is None]
+        if len(failed) == len(batch) and failed:
+            raise TrainingError(
+                f"none of the {len(failed)} rollouts of step {step} could be scored; "
+                f"the first: {unscored_reason(failed[0])}"
+            )
+        kept = Collected(batch)
+        kept.drop(failed, unscored_reason)
+        collected.dropped += kept.dropped
+        collected.reasons |= kept.reasons
+        return kept.batch
+
+    def _draw_again(self, failed: list[Rollout], redraw: int, collected: Collected) -> list[Rollout]:
+        requests = [
+            replace(
+                rollout.request,
+                sampling=replace(
+                    rollout.request.sampling,
+                    n=1,
+                    seed=derive_seed(rollout.request.sampling.seed, "redraw", rollout.index, redraw),
+                ),
+            )
+            for rollout in failed
+        ]
+        with collected.timed("generate"):
+            answers = self.engine.generate(requests)
+        return [
+            Rollout(old.request, completions[0], old.index, self.engine.version)
+            for old, completions in zip(failed, answers, strict=True)
+        ]
+
+    def score(self, rollouts: Sequence[Rollout], collected: Collected, step: int) -> None:
+        """Fill the rewards in place.
+
+        Raises:
+            RewardError: a reward failed and the recipe says `on_error: fail`.
+        """
+        with collected.timed("score"):
+            self.scorer.score(rollouts, step)
+        failed = [rollout for rollout in rollouts if has_failed(rollout)]
+        if failed and self.rewards.on_error == "fail":
+            name, why = next(iter(failed[0].reward_errors.items()))
+            raise RewardError(
+                f"reward {name!r} failed on {len(failed)} of {len(rollouts)} rollouts of step {step}; "
+                f"the first, for example {failed[0].request.example.id!r}: {why}"
+            )
+
+    def _replace_zero_variance(self, collected: Collected, step: int) -> None:
+        """Dynamic sampling: new prompts for groups whose rewards are all the same (DAPO, section 3.2)."""
+        for attempt in range(1, self.stage.dynamic_sampling + 1):
+            solutions = collected.batch.with_role(SOLUTION).rollouts
+            rewards = np.array([rollout.reward for rollout in solutions], dtype=np.float64)
+            flat = zero_variance(rewards, [rollout.request.group for rollout in solutions])
+            if not flat:
+                return
+            collected.drop(
+                [rollout for rollout in solutions if rollout.request.group in flat],
+                lambda rollout: "zero variance: replaced by another prompt",
+            )
+            slots = sorted(int(str(group).split(".")[1]) for group in flat)
+            requests = [self._request(step, slot, attempt) for slot in slots]
+            collected.batch = collected.batch + self._sample(requests, collected, step)

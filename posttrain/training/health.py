@@ -1,0 +1,109 @@
+"""What tells a run that learns from one that only looks like it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.errors import TrainingError
+from posttrain.training.advantages import zero_variance
+from posttrain.training.batch import TrainRow
+from posttrain.training.collect import SOLUTION, Collected
+from posttrain.training.tally import Tally
+
+
+def check_sync(difference: float, tolerance: float, step: int, version: int) -> None:
+    """Compare the engine's log-probs with the trainer's for the same tokens and weights.
+
+    `difference` is the mean absolute one over the trained tokens of a batch, in nats.
+
+    Raises:
+        TrainingError: the engine does not sample from the policy that is trained.
+    """
+    if difference > tolerance:
+        raise TrainingError(
+            f"at step {step}, after sync {version}, the engine's log-probs differ from the trainer's by "
+            f"{difference:.2g} nats on average (tolerance {tolerance:.2g}): the engine does not have the "
+            f"policy's weights"
+        )
+
+
+class WeightsWatch:
+    """Makes sure that there is something to train and that the first real update changes it."""
+
+    def __init__(self, model: Any):
+        """Raises TrainingError when no parameter is trainable."""
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise TrainingError("no parameter of the model is trainable")
+        self.before: torch.Tensor | None = self._fingerprint(model)
+
+    def after_step(self, model: Any, learning_rate: float, step: int) -> None:
+        """Called after optimiser steps that had a gradient, until one had a learning rate.
+
+        Raises:
+            TrainingError: the weights are what they were.
+        """
+        if self.before is None or learning_rate == 0.0:
+            return
+        if torch.equal(self.before, self._fingerprint(model)):
+            raise TrainingError(
+                f"the weights are unchanged after step {step}, which had a gradient and a learning rate of "
+                f"{learning_rate:g}: the update is too small for the weights' precision"
+            )
+        self.before = None
+
+    @staticmethod
+    def _fingerprint(model: Any) -> torch.Tensor:
+        """Sum and sum of squares of every trainable tensor, in float64."""
+        sums = [
+            torch.stack([p.detach().double().sum(), p.detach().double().square().sum()])
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+        return torch.stack([total.cpu() for total in sums])
+
+
+def rollout_metrics(tally: Tally, collected: Collected, rows: Sequence[TrainRow]) -> None:
+    """Add what a batch's rollouts say about the run's health to a tally.
+
+    `completions/truncated`, `groups/zero_variance` and `rewards/unscored` are shares in [0, 1]; unscored
+    counts every sample that got no score, those drawn again included.
+    """
+    rollouts = [*collected.batch, *collected.dropped]
+    scored = [rollout for rollout in rollouts if rollout.reward is not None]
+    solutions = [rollout for rollout in scored if rollout.request.role == SOLUTION]
+    for rollout in rollouts:
+        length = len(rollout.completion.token_ids)
+        tally.mean("completions/mean_length", length)
+        tally.maximum("completions/max_length", length)
+        tally.mean("completions/truncated", rollout.truncated)
+        tally.total("tokens/sampled", length)
+    redrawn = sum("/drawn-" in name for name in collected.reasons)
+    tally.mean("rewards/unscored", (len(rollouts) - len(scored) + redrawn) / max(len(rollouts) + redrawn, 1),
+               len(rollouts) + redrawn)  # fmt: skip
+    for rollout in solutions:
+        tally.mean("reward", rollout.reward)
+        for name, value in rollout.rewards.items():
+            if value is not None:
+                tally.mean(f"rewards/{name}/mean", value)
+    _group_metrics(tally, solutions)
+    tally.total("tokens/trained", sum(len(row.positions) for row in rows))
+    tally.total(
+        "tokens/with_advantage",
+        sum(int(np.any(np.stack([*row.advantages.values()]), axis=0).sum()) for row in rows if row.advantages),
+    )
+    for phase, seconds in collected.seconds.items():
+        tally.total(f"seconds/{phase}", seconds)
+
+
+def _group_metrics(tally: Tally, solutions: Sequence[Any]) -> None:
+    groups: dict[str, list[float]] = {}
+    for rollout in solutions:
+        groups.setdefault(rollout.request.group, []).append(rollout.reward)
+    for group, rewards in groups.items():
+        tally.mean("reward_std", float(np.std(rewards)))
+        flat = zero_variance(np.array(rewards), [group] * len(rewards))
+        tally.mean("groups/zero_variance", float(bool(flat)))
