@@ -1,0 +1,286 @@
+"""Load a reward's code, call it by its convention, and accept nothing but a number from it.
+
+Runs in the worker processes; for the built-ins that cannot hang, in the trainer's process as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+from posttrain.errors import PosttrainError, RecipeError, RewardError
+from posttrain.rewards.registry import (
+    BUILTIN_MODULE,
+    Registered,
+    RewardInfo,
+    RewardSource,
+    declaration_of,
+    registered,
+)
+from posttrain.rollout.types import Completion, Example
+
+Sample = tuple[Completion, Example]
+Style = Literal["completion", "batch", "trl"]
+ErrorKind = Literal["exception", "timeout", "died", "value", "count"]
+"""Why a sample has no score: the reward raised, took too long, ended its process, gave a value that is not a
+finite number in its range, or gave another number of values than there are completions."""
+
+MAX_MESSAGE = 300
+
+
+class Outcome(NamedTuple):
+    """What a reward said about one sample: a value, None (does not apply), or an error."""
+
+    value: float | None = None
+    error: ErrorKind | None = None
+    message: str = ""
+
+
+class BoundReward:
+    """A reward with its arguments, ready to be called.
+
+    `style` is its calling convention, `concurrent` whether it is async.
+    """
+
+    def __init__(self, info: RewardInfo, function: Callable[..., Any], style: Style, args: Mapping[str, Any]):
+        self.info = info
+        self.style = style
+        self._function = function
+        self._args = args
+        self.concurrent = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            getattr(function, "__call__", None)  # noqa: B004 - async instances have an async __call__
+        )
+
+    def __call__(self, samples: Sequence[Sample], step: int | None) -> list[Outcome]:
+        """Score samples: exactly one for the style `completion`, a batch for the others. Never raises."""
+        try:
+            return self._outcomes(self._invoke(samples, step), len(samples))
+        except (Exception, SystemExit) as error:
+            return [Outcome(None, "exception", describe(error))] * len(samples)
+
+    async def call_async(self, samples: Sequence[Sample], step: int | None) -> list[Outcome]:
+        """The same for an async reward, which gets its time-out here as long as it does not block."""
+        budget = self.info.timeout * len(samples)
+        try:
+            result: Awaitable[Any] = self._invoke(samples, step)
+            return self._outcomes(await asyncio.wait_for(result, budget), len(samples))
+        except TimeoutError as error:
+            # The reward's own TimeoutError has a message or a cause; that of wait_for is a CancelledError's.
+            if isinstance(error.__cause__, asyncio.CancelledError):
+                return [timeout_outcome(budget)] * len(samples)
+            return [Outcome(None, "exception", describe(error))] * len(samples)
+        except (Exception, SystemExit) as error:
+            return [Outcome(None, "exception", describe(error))] * len(samples)
+
+    def _invoke(self, samples: Sequence[Sample], step: int | None) -> Any:
+        completions = [completion for completion, _ in samples]
+        examples = [example for _, example in samples]
+        if self.style == "completion":
+            return self._function(completions[0], examples[0], **self._args)
+        if self.style == "batch":
+            return self._function(completions, examples, **self._args)
+        return self._function(**trl_arguments(self._function, completions, examples, step, self._args))
+
+    def _outcomes(self, result: Any, count: int) -> list[Outcome]:
+        if self.style == "completion":
+            return [to_outcome(result, self.info.range)]
+        values = list(result)
+        if len(values) != count:
+            message = f"returned {len(values)} values for {count} completions"
+            return [Outcome(None, "count", message)] * count
+        return [to_outcome(value, self.info.range) for value in values]
+
+
+def to_outcome(value: Any, bounds: tuple[float, float] | None) -> Outcome:
+    """Accept None, a bool, int, float, NumPy scalar or 0-d tensor; anything else is an error."""
+    if value is None:
+        return Outcome()
+    number = value
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        number = value.item()
+    if not isinstance(number, (bool, int, float)):
+        return Outcome(None, "value", f"returned {type(value).__name__} instead of a number or None")
+    if not math.isfinite(number):
+        return Outcome(None, "value", f"returned {number}")
+    if bounds is not None and not bounds[0] <= number <= bounds[1]:
+        return Outcome(None, "value", f"returned {number}, outside of its range [{bounds[0]}, {bounds[1]}]")
+    return Outcome(float(number))
+
+
+def timeout_outcome(seconds: float) -> Outcome:
+    """The outcome of a sample that took too long."""
+    return Outcome(None, "timeout", f"took longer than {seconds:g} s")
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line with the place it comes from, whatever its `__str__` does."""
+    text = " ".join("".join(traceback.format_exception_only(error)).split())[:MAX_MESSAGE]
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
+
+
+# --- calling conventions ----------------------------------------------------------------------------------
+
+
+def trl_arguments(
+    function: Callable[..., Any],
+    completions: Sequence[Completion],
+    examples: Sequence[Example],
+    step: int | None,
+    args: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The keyword arguments of TRL's convention (`GRPOTrainer._calculate_rewards`) that a function accepts.
+
+    `prompts`, `completions` (texts; for chat prompts lists of one assistant message), `completion_ids`,
+    every dataset column as a list (`answer` among them), `trainer_state` with `global_step`, and
+    `log_extra` and `log_metric`, whose values are discarded.
+    """
+    names = dict.fromkeys(name for example in examples for name in example.columns)
+    columns = {name: [example.columns.get(name) for example in examples] for name in names}
+    available: dict[str, Any] = {
+        **{name: values for name, values in columns.items() if name not in ("prompt", "completion")},
+        "answer": [example.answer for example in examples],
+        "prompts": [example.prompt for example in examples],
+        "completions": [
+            completion.text
+            if isinstance(example.prompt, str)
+            else [{"role": "assistant", "content": completion.text}]
+            for completion, example in zip(completions, examples, strict=True)
+        ],
+        "completion_ids": [list(completion.token_ids) for completion in completions],
+        "trainer_state": SimpleNamespace(global_step=step or 0),
+        "log_extra": _discard,
+        "log_metric": _discard,
+        **args,
+    }
+    parameters = inspect.signature(function).parameters
+    missing = [
+        p.name
+        for p in parameters.values()
+        if p.name not in available
+        and p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if missing:
+        raise TypeError(
+            f"wants {', '.join(missing)}; the data has the columns {', '.join(['answer', *names])}"
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return available
+    return {name: value for name, value in available.items() if name in parameters}
+
+
+def _discard(*_: Any) -> None:
+    """Stands in for TRL's `log_extra` and `log_metric`."""
+
+
+def _style_of(function: Callable[..., Any], declared: RewardInfo | None) -> Style | None:
+    """Calling convention by parameter names; None: this is not a reward function (but may return one)."""
+    names = inspect.signature(function).parameters
+    if "completions" in names:
+        return "batch" if "examples" in names else "trl"
+    if declared is not None:
+        return "batch" if declared.batched else "completion"
+    return "completion" if "completion" in names else None
+
+
+# --- loading ----------------------------------------------------------------------------------------------
+
+
+def load_reward(source: RewardSource) -> BoundReward:
+    """Import a reward's code and bind its arguments.
+
+    A class is constructed with the arguments; so is a function that takes no completions, whose result is
+    then the reward (`trl.rewards:get_cosine_scaled_reward`).
+
+    Raises:
+        RecipeError: the code has no such reward, or does not take the arguments.
+        RewardError: importing or constructing it failed.
+    """
+    try:
+        target, declared = _find(source)
+        function, args = target, source.args
+        if inspect.isclass(target) or _style_of(target, declared) is None:
+            _check_args(source, target, (), args)
+            function, args = target(**args), {}
+        style = _style_of(function, declared) if callable(function) else None
+        if style is None:
+            raise RecipeError(
+                f"reward {source.name!r} takes neither (completion, example) nor (completions, examples) nor "
+                "TRL's (prompts, completions, …)"
+            )
+        _check_args(source, function, None if style == "trl" else (None, None), args)
+    except PosttrainError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"reward {source.name!r} cannot be loaded: {describe(error)}") from error
+    info = declared or RewardInfo(source.name, origin=source.file or source.module or "")
+    return BoundReward(
+        replace(
+            info, name=source.name, timeout=source.timeout or info.timeout, batched=style != "completion"
+        ),
+        function,
+        style,
+        args,
+    )
+
+
+def _check_args(
+    source: RewardSource,
+    function: Callable[..., Any],
+    positional: tuple[None, ...] | None,
+    args: Mapping[str, Any],
+) -> None:
+    """Refuse arguments that do not fit the signature; `positional` None leaves the rest of it open."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind_partial(**args) if positional is None else signature.bind(*positional, **args)
+    except TypeError as error:
+        raise RecipeError(f"reward {source.name!r} does not take its args: {error}") from error
+
+
+def _find(source: RewardSource) -> tuple[Callable[..., Any], RewardInfo | None]:
+    """The code of a reward and, where it was declared with `@reward`, its declaration."""
+    if source.pickled is not None:
+        import dill  # type: ignore[import-untyped]
+
+        entry: Registered = dill.loads(source.pickled)
+        return entry.target, entry.info
+    module = _import_file(Path(source.file)) if source.file else importlib.import_module(source.module or "")
+    name = source.attribute or source.name
+    known = registered(name)
+    home = known.info.origin.partition(":")[0] if known else None
+    if known is not None and home == module.__name__:
+        return known.target, known.info
+    if hasattr(module, name):
+        target = getattr(module, name)
+        return target, declaration_of(target)
+    if known is not None and home != BUILTIN_MODULE:  # registered by a module that this one imports
+        return known.target, known.info
+    raise RecipeError(f"reward {source.name!r}: {module.__name__} neither registers nor defines {name!r}")
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Run a file as a module of its own; modules beside it can be imported by it."""
+    name = f"posttrain_rewards_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.append(str(path.parent))
+    spec.loader.exec_module(module)
+    return module

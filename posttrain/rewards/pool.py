@@ -1,0 +1,217 @@
+"""A pool of worker processes that survives whatever reward functions do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+
+from posttrain.errors import PosttrainError, RewardError
+from posttrain.rewards.calling import Outcome, timeout_outcome
+from posttrain.rewards.registry import RewardInfo, RewardSource
+from posttrain.rewards.worker import Job, Ready, Reply
+
+LOAD_SECONDS = 300.0
+"""Time for a worker to import its rewards; large, as imports compete with everything else at the start."""
+ASYNC_GRACE = 0.5
+"""Async rewards time themselves out; the process is killed only if they block and do not get to it."""
+
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "from posttrain.rewards.worker import main; main(int(sys.argv[1]))"
+)
+
+Deliver = Callable[[int, int, list[Outcome], float], None]
+"""Takes a reward's number, the id of a unit, the unit's outcomes and the seconds they took."""
+
+
+class _Worker:
+    """One process and the job it has."""
+
+    def __init__(self, sources: Sequence[RewardSource]):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is the trainer's; and the whole group can be killed
+                # One thread each: the pool is the parallelism. Equal hashes: sets iterate in equal order.
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+            )
+        self.connection = Connection(ours.detach())
+        self.rewards: list[tuple[RewardInfo, bool]] = []
+        self.job: Job | None = None
+        self.pending: list[int] = []
+        self.deadline = time.monotonic() + LOAD_SECONDS
+        with contextlib.suppress(ConnectionError):  # one that is dead already is noticed on reading
+            self.connection.send(list(sources))
+
+    @property
+    def loading(self) -> bool:
+        return not self.rewards
+
+    def start(self, job: Job) -> None:
+        self.connection.send(job)
+        self.job, self.pending = job, list(range(len(job.units)))
+        self._set_deadline(job)
+
+    def finish(self, unit: int) -> None:
+        assert self.job is not None
+        self.pending.remove(unit)
+        if not self.pending:
+            self.job = None
+        elif not self.concurrent(self.job):
+            self._set_deadline(self.job)
+
+    def concurrent(self, job: Job) -> bool:
+        return self.rewards[job.reward][1]
+
+    def budget(self, job: Job) -> float:
+        """Seconds for the unit that is running, or for all that run at once."""
+        units = job.units if self.concurrent(job) else [job.units[self.pending[0]]]
+        return self.rewards[job.reward][0].timeout * max(map(len, units))
+
+    def _set_deadline(self, job: Job) -> None:
+        grace = ASYNC_GRACE if self.concurrent(job) else 0.0
+        self.deadline = time.monotonic() + self.budget(job) + grace
+
+    def kill(self) -> int:
+        """End the process and its group; returns the exit code, that of its own end if it had one."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.connection.close()
+        return self.process.wait()
+
+
+class WorkerPool:
+    """Runs jobs on a fixed number of processes; one that hangs or dies is killed and replaced.
+
+    Only the unit that was running then is an error, the others of its job go on in another process. Async
+    units run at once: there the culprit is found by running those that were left one by one.
+    """
+
+    def __init__(self, sources: Sequence[RewardSource], size: int):
+        """Start the processes and wait until the first has loaded all rewards.
+
+        Raises:
+            PosttrainError: a reward cannot be loaded.
+        """
+        self._sources = list(sources)
+        self._workers = [_Worker(self._sources) for _ in range(size)]
+        self._queue: deque[Job] = deque()
+        try:
+            while all(worker.loading for worker in self._workers):
+                self._wait(_ignore)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def rewards(self) -> list[tuple[RewardInfo, bool]]:
+        """For each source: what the reward declares, and whether it is async."""
+        return next(worker.rewards for worker in self._workers if worker.rewards)
+
+    def run(self, jobs: Sequence[Job], deliver: Deliver) -> None:
+        """Run jobs, and deliver every unit's outcomes exactly once, in any order.
+
+        Raises:
+            RewardError: a replaced worker could not load the rewards again.
+        """
+        self._queue.extend(jobs)
+        try:
+            while self._queue or any(worker.job for worker in self._workers):
+                self._hand_out()
+                self._wait(deliver)
+        except BaseException:
+            self._queue.clear()
+            for worker in self._workers:
+                if worker.job is not None:
+                    self._replace(worker)
+            raise
+
+    def close(self) -> None:
+        """End all processes. Closing twice is harmless."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+    def _hand_out(self) -> None:
+        for worker in list(self._workers):
+            if self._queue and not worker.loading and worker.job is None:
+                try:
+                    worker.start(self._queue[0])
+                except ConnectionError:  # it died between two jobs
+                    self._replace(worker)
+                else:
+                    self._queue.popleft()
+
+    def _wait(self, deliver: Deliver) -> None:
+        """Read what the workers have to say, or act when the first of them is late."""
+        busy = [worker for worker in self._workers if worker.loading or worker.job is not None]
+        patience = min(worker.deadline for worker in busy) - time.monotonic()
+        ready = wait([worker.connection for worker in busy], max(patience, 0.0))
+        for worker in busy:
+            if worker.connection in ready:
+                self._receive(worker, deliver)
+            elif time.monotonic() >= worker.deadline:
+                self._fail(worker, deliver, late=True)
+
+    def _receive(self, worker: _Worker, deliver: Deliver) -> None:
+        try:
+            reply: Reply = worker.connection.recv()
+        except (EOFError, ConnectionError):
+            self._fail(worker, deliver, late=False)
+            return
+        if isinstance(reply, PosttrainError):
+            raise reply
+        if isinstance(reply, Ready):
+            worker.rewards = reply.rewards
+            return
+        assert worker.job is not None
+        deliver(worker.job.reward, worker.job.ids[reply.unit], reply.outcomes, reply.seconds)
+        worker.finish(reply.unit)
+
+    def _fail(self, worker: _Worker, deliver: Deliver, late: bool) -> None:
+        """Replace a worker that hangs or has died, and settle its job."""
+        job, pending = worker.job, worker.pending
+        code = self._replace(worker)
+        if job is None:
+            names = ", ".join(source.name for source in self._sources)
+            cause = f"took longer than {LOAD_SECONDS:g} s" if late else f"ended the process ({_reason(code)})"
+            raise RewardError(f"loading the rewards {names} {cause}")
+        if worker.concurrent(job) and len(pending) > 1:
+            self._queue.extendleft(job.part([unit]) for unit in pending)
+            return
+        if late:
+            seconds = worker.budget(job)
+            outcome = timeout_outcome(seconds)
+        else:
+            seconds = 0.0
+            outcome = Outcome(None, "died", f"ended the process ({_reason(code)})")
+        deliver(job.reward, job.ids[pending[0]], [outcome] * len(job.units[pending[0]]), seconds)
+        if pending[1:]:
+            self._queue.appendleft(job.part(pending[1:]))
+
+    def _replace(self, worker: _Worker) -> int:
+        code = worker.kill()
+        self._workers[self._workers.index(worker)] = _Worker(self._sources)
+        return code
+
+
+def _reason(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+
+def _ignore(reward: int, unit: int, outcomes: list[Outcome], seconds: float) -> None:
+    """Takes no outcomes: there are none while the workers load."""

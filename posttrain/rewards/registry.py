@@ -1,0 +1,263 @@
+"""The reward registry: declare a reward, list the ones there are, find the one a recipe names.
+
+Nothing heavy is imported here and no user code is run: `locate` says where a reward's code is, and a worker
+process loads it from there (`posttrain.rewards.calling`).
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from posttrain.errors import RecipeError, RewardError
+
+BUILTIN_MODULE = "posttrain.rewards.builtin"
+ENTRY_POINT_GROUP = "posttrain.rewards"
+DEFAULT_TIMEOUT = 10.0
+UNDECLARED = "0"
+"""Version of a reward that was never declared with `@reward`."""
+
+Target = TypeVar("Target", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """What a reward declares about itself.
+
+    `range` is closed; a value outside of it is an error. `timeout` is in seconds for one sample. `origin`
+    says where the code is.
+    """
+
+    name: str
+    version: str = UNDECLARED
+    origin: str = ""
+    doc: str = ""
+    deterministic: bool = True
+    range: tuple[float, float] | None = None
+    timeout: float = DEFAULT_TIMEOUT
+    batched: bool = False
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A declared reward and its code."""
+
+    info: RewardInfo
+    target: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """Where a fresh process finds a reward's code, and what to bind to it.
+
+    Exactly one of `module` (import path), `file` and `pickled` (for code that cannot be imported: functions
+    of a script, a notebook or another function) is set. `attribute` is looked up there; None means the
+    reward registered under `name`.
+    """
+
+    name: str
+    module: str | None = None
+    file: str | None = None
+    pickled: bytes | None = None
+    attribute: str | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+    timeout: float | None = None
+
+
+class Spec(Protocol):
+    """The part of a recipe's `RewardSpec` that says which reward is meant."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def from_(self) -> str | None: ...  # noqa: D102
+    @property
+    def args(self) -> dict[str, Any]: ...  # noqa: D102
+    @property
+    def timeout(self) -> float | None: ...  # noqa: D102
+
+
+_registered: dict[str, Registered] = {}
+
+
+def reward(
+    name: str,
+    *,
+    version: str = "1",
+    range: tuple[float, float] | None = None,
+    deterministic: bool = True,
+    timeout: float = DEFAULT_TIMEOUT,
+    batched: bool = False,
+) -> Callable[[Target], Target]:
+    """Register a reward function, or a class whose instances are reward functions, under a name.
+
+    The function is one of
+        f(completion: Completion, example: Example) -> float | None            per completion
+        f(completions: list[Completion], examples: list[Example]) -> list      `batched=True`
+        f(prompts, completions, completion_ids, **columns) -> list             TRL's convention, by its names
+    and may be `async`. A class is constructed with the recipe's `args`; to a function they are passed as
+    keyword arguments. None means that the reward does not apply to the sample. A batch is the completions
+    of one group, so that values depend neither on the number of workers nor on what else is in the step.
+
+    Args:
+        name: what recipes call it.
+        version: to be raised whenever values change.
+        range: lowest and highest value; anything outside is an error.
+        deterministic: whether the same completion always gets the same value.
+        timeout: seconds for one sample, after which the process that computes it is killed.
+        batched: the function takes lists.
+
+    Raises:
+        RewardError: the name is taken by other code.
+    """
+
+    def register(target: Target) -> Target:
+        module, qualname = target.__module__, getattr(target, "__qualname__", type(target).__qualname__)
+        info = RewardInfo(
+            name, version, f"{module}:{qualname}", _first_line(target), deterministic, range, timeout, batched
+        )
+        known = _registered.get(name)
+        if known is not None and known.info.origin != info.origin:
+            raise RewardError(
+                f"reward {name!r} of {info.origin} is already registered by {known.info.origin}"
+            )
+        _registered[name] = Registered(info, target)
+        return target
+
+    return register
+
+
+def registered(name: str) -> Registered | None:
+    """The reward declared under a name in this process, if there is one."""
+    importlib.import_module(BUILTIN_MODULE)
+    return _registered.get(name)
+
+
+def declaration_of(target: object) -> RewardInfo | None:
+    """What `@reward` said about a function or class, if it is declared."""
+    return next((entry.info for entry in _registered.values() if entry.target is target), None)
+
+
+def known_rewards() -> dict[str, RewardInfo]:
+    """All rewards that can be named without saying where they are, by name.
+
+    Those of entry points are not imported: their version is that of the distribution.
+    """
+    importlib.import_module(BUILTIN_MODULE)
+    infos = {name: entry.info for name, entry in _registered.items()}
+    for name, point in _entry_points().items():
+        version = point.dist.version if point.dist else UNDECLARED
+        infos.setdefault(name, RewardInfo(name, version, origin=point.value))
+    return dict(sorted(infos.items()))
+
+
+def locate(spec: Spec) -> RewardSource:
+    """Find the code of a recipe's reward without running it.
+
+    `spec.name` is looked up in the file or module `spec.from_` if that is given; otherwise it is
+    `package.module:attribute`, `path/to/file.py:attribute` (paths from the working directory), a registered
+    name, or a name of the entry-point group `posttrain.rewards`.
+
+    Raises:
+        RecipeError: no such reward, file, module, or name in the file; the message names the nearest.
+    """
+    bound: dict[str, Any] = {"args": dict(spec.args), "timeout": spec.timeout}
+    if spec.from_ is not None or ":" in spec.name:
+        place, _, attribute = (spec.from_ or spec.name).rpartition(":")
+        if spec.from_ is not None:
+            place, attribute = spec.from_, spec.name
+        if place.endswith(".py"):
+            _check_file(spec.name, Path(place), attribute)
+            return RewardSource(spec.name, file=str(Path(place).absolute()), attribute=attribute, **bound)
+        _check_module(spec.name, place)
+        return RewardSource(spec.name, module=place, attribute=attribute, **bound)
+    entry = registered(spec.name)
+    if entry is not None:
+        return _source_of(entry, bound)
+    point = _entry_points().get(spec.name)
+    if point is not None:
+        return RewardSource(spec.name, module=point.module, attribute=point.attr or spec.name, **bound)
+    names = list(known_rewards())
+    raise RecipeError(
+        f"no reward named {spec.name!r}{nearest(spec.name, names)}; registered: {', '.join(names)}"
+    )
+
+
+def is_builtin(source: RewardSource) -> bool:
+    """Whether the reward is one of posttrain's own, found by its registered name."""
+    return source.module == BUILTIN_MODULE and source.attribute is None
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """`. Did you mean 'x'?` as an insertion, or nothing."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _source_of(entry: Registered, bound: dict[str, Any]) -> RewardSource:
+    module, _, qualname = entry.info.origin.partition(":")
+    if module != "__main__" and "<locals>" not in qualname:
+        return RewardSource(entry.info.name, module=module, **bound)
+    import dill  # type: ignore[import-untyped]
+
+    try:
+        pickled = dill.dumps(entry, recurse=True)
+    except Exception as error:
+        raise RewardError(
+            f"reward {entry.info.name!r} cannot be sent to a worker process ({error}); define it at the top "
+            "level of a file or module"
+        ) from error
+    return RewardSource(entry.info.name, pickled=pickled, **bound)
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _check_module(name: str, module: str) -> None:
+    # Only the top package is looked for: looking deeper would import it.
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise RecipeError(f"reward {name!r}: there is no module {module!r}")
+
+
+def _check_file(name: str, path: Path, attribute: str) -> None:
+    if not path.is_file():
+        raise RecipeError(f"reward {name!r}: there is no file {str(path)!r} (from {Path.cwd()})")
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        raise RecipeError(f"reward {name!r}: {path} is not valid Python: {error}") from error
+    names = _names_in(tree)
+    if attribute not in names and "*" not in names:
+        listed = ", ".join(names) or "nothing"
+        raise RecipeError(
+            f"reward {name!r}: {path} neither registers nor defines {attribute!r}"
+            f"{nearest(attribute, names)}; it has {listed}"
+        )
+
+
+def _names_in(tree: ast.Module) -> list[str]:
+    """What a file defines at its top level or registers with a literal name, in order."""
+    names: dict[str, None] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "reward":
+            names |= {str(arg.value): None for arg in node.args[:1] if isinstance(arg, ast.Constant)}
+    for statement in tree.body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names[statement.name] = None
+        elif isinstance(statement, ast.Assign):
+            names |= {target.id: None for target in statement.targets if isinstance(target, ast.Name)}
+        elif isinstance(statement, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name): None for alias in statement.names}
+    return list(names)
+
+
+def _first_line(target: object) -> str:
+    return (getattr(target, "__doc__", None) or "").strip().partition("\n")[0]
