@@ -29,24 +29,50 @@ from posttrain.rollout.types import Completion, Example
 
 
 @reward("math_answer", version="1", range=(0.0, 1.0), timeout=5.0)
-def math_answer(completion: Completion, example: Example) -> float | None:
+class MathAnswer:
     r"""Whether the answer equals the example's as mathematics, by math-verify.
 
     `1/2`, `\frac{1}{2}`, `$0.5$` and `50\%` are equal. An answer that cannot be parsed is wrong; an example's
     answer that cannot be parsed is an error, as are a comparison that fails or takes longer than 5 s.
     """
-    answer, reference = answer_pair(completion, example)
-    if reference is None:
-        return None
-    gold = _parse_math(reference)
-    if not gold:
-        raise ValueError(f"answer {reference!r} of the example cannot be parsed")
-    if answer is None:
-        return 0.0
-    from math_verify import verify
 
-    # No time-out of its own: it is by SIGALRM. The process is killed instead.
-    return float(verify(gold, _parse_math(answer), timeout_seconds=None, raise_on_error=True))
+    def __init__(self) -> None:
+        # Here, since the import takes seconds, which are not the first sample's.
+        import math_verify
+
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about the missing time-out
+        self._library = math_verify
+        self._parse = functools.lru_cache(maxsize=4096)(self._parse_uncached)
+
+    def __call__(self, completion: Completion, example: Example) -> float | None:
+        """1 or 0, None without an answer to compare with."""
+        answer, reference = answer_pair(completion, example)
+        if reference is None:
+            return None
+        gold = self._parse(reference)
+        if not gold:
+            raise ValueError(f"answer {reference!r} of the example cannot be parsed")
+        if answer is None:
+            return 0.0
+        # No time-out of its own, which is by SIGALRM: the process is killed instead.
+        return float(
+            self._library.verify(gold, self._parse(answer), timeout_seconds=None, raise_on_error=True)
+        )
+
+    def _parse_uncached(self, text: str) -> list[Any]:
+        r"""What math-verify reads in an answer; empty if nothing.
+
+        It looks for LaTeX only between delimiters, so an answer that is neither a plain number nor prose nor
+        delimited already is put into a \boxed.
+        """
+        text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)  # it would read 1e3 as 1, or with Euler's e
+        plain = parse_number(text) is not None or _TEXT.search(text) is not None
+        forms = [text, f"\\boxed{{{text}}}"]
+        for form in forms if plain else reversed(forms):
+            expressions = self._library.parse(form, parsing_timeout=None)
+            if expressions:
+                return list(expressions)
+        return []
 
 
 @reward("exact_match", version="1", range=(0.0, 1.0))
@@ -147,21 +173,31 @@ class LengthPenalty:
         return -min(max(excess / self._buffer, 0.0), 1.0)
 
 
-@reward("reasoning_gym", version="1", range=(0.0, 1.0), timeout=30.0)
-def reasoning_gym(completion: Completion, example: Example) -> float:
+@reward("reasoning_gym", version="1", range=(0.0, 1.0))
+class ReasoningGym:
     """The score that the reasoning-gym dataset of the example gives to the answer, partial credit included.
 
     Needs the columns `source_dataset` and `metadata`, which data sources of that kind have.
     """
-    missing = [name for name in ("source_dataset", "metadata") if name not in example.columns]
-    if missing:
-        raise ValueError(f"the example has no column {missing[0]!r}; is it from reasoning_gym?")
-    entry = {
-        "question": example.columns.get("question", example.prompt),
-        "answer": example.answer,
-        "metadata": example.columns["metadata"],
-    }
-    return _reasoning_gym_scorer(example.columns["source_dataset"])(extract_answer(completion.text), entry)
+
+    def __init__(self) -> None:
+        import reasoning_gym  # takes seconds, which are not the first sample's
+
+        self._scorer_of = functools.cache(reasoning_gym.get_score_answer_fn)
+
+    def __call__(self, completion: Completion, example: Example) -> float:
+        """A value in [0, 1]."""
+        missing = [name for name in ("source_dataset", "metadata") if name not in example.columns]
+        if missing:
+            raise ValueError(f"the example has no column {missing[0]!r}; is it from reasoning_gym?")
+        entry = {
+            "question": example.columns.get("question", example.prompt),
+            "answer": example.answer,
+            "metadata": example.columns["metadata"],
+        }
+        return float(
+            self._scorer_of(example.columns["source_dataset"])(extract_answer(completion.text), entry)
+        )
 
 
 def answer_pair(completion: Completion, example: Example) -> tuple[str | None, str | None]:
@@ -216,32 +252,6 @@ def _normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).removesuffix(".").rstrip()
 
 
+_SCIENTIFIC = re.compile(r"(\d)[eE]([+-]?\d+)")
 _TEXT = re.compile(r"\$|\\boxed|(?<![\\A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 """Delimiters of mathematics, or two words."""
-
-
-@functools.lru_cache(maxsize=4096)
-def _parse_math(text: str) -> list[Any]:
-    r"""What math-verify reads in an answer; empty if nothing.
-
-    It looks for LaTeX only between delimiters, so an answer that is neither a plain number nor prose nor
-    delimited already is put into a \boxed.
-    """
-    from math_verify import parse
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about the missing time-out
-    plain = parse_number(text) is not None or _TEXT.search(text) is not None
-    forms = [text, f"\\boxed{{{text}}}"]
-    for form in forms if plain else reversed(forms):
-        expressions = parse(form, parsing_timeout=None)
-        if expressions:
-            return list(expressions)
-    return []
-
-
-@functools.cache
-def _reasoning_gym_scorer(dataset: str) -> Callable[[str | None, dict[str, Any]], float]:
-    from reasoning_gym import get_score_answer_fn
-
-    scorer: Callable[[str | None, dict[str, Any]], float] = get_score_answer_fn(dataset)
-    return scorer

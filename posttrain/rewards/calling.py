@@ -13,7 +13,7 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -72,15 +72,14 @@ class BoundReward:
     async def call_async(self, samples: Sequence[Sample], step: int | None) -> list[Outcome]:
         """The same for an async reward, which gets its time-out here as long as it does not block."""
         budget = self.info.timeout * len(samples)
+        limit = asyncio.timeout(budget)
         try:
-            result: Awaitable[Any] = self._invoke(samples, step)
-            return self._outcomes(await asyncio.wait_for(result, budget), len(samples))
-        except TimeoutError as error:
-            # The reward's own TimeoutError has a message or a cause; that of wait_for is a CancelledError's.
-            if isinstance(error.__cause__, asyncio.CancelledError):
-                return [timeout_outcome(budget)] * len(samples)
-            return [Outcome(None, "exception", describe(error))] * len(samples)
+            async with limit:
+                result = await self._invoke(samples, step)
+            return self._outcomes(result, len(samples))
         except (Exception, SystemExit) as error:
+            if limit.expired():
+                return [timeout_outcome(budget)] * len(samples)
             return [Outcome(None, "exception", describe(error))] * len(samples)
 
     def _invoke(self, samples: Sequence[Sample], step: int | None) -> Any:
@@ -111,11 +110,15 @@ def to_outcome(value: Any, bounds: tuple[float, float] | None) -> Outcome:
         number = value.item()
     if not isinstance(number, (bool, int, float)):
         return Outcome(None, "value", f"returned {type(value).__name__} instead of a number or None")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         return Outcome(None, "value", f"returned {number}")
     if bounds is not None and not bounds[0] <= number <= bounds[1]:
         return Outcome(None, "value", f"returned {number}, outside of its range [{bounds[0]}, {bounds[1]}]")
-    return Outcome(float(number))
+    return Outcome(number)
 
 
 def timeout_outcome(seconds: float) -> Outcome:
@@ -181,7 +184,7 @@ def trl_arguments(
     return {name: value for name, value in available.items() if name in parameters}
 
 
-def _discard(*_: Any) -> None:
+def _discard(*args: Any, **kwargs: Any) -> None:
     """Stands in for TRL's `log_extra` and `log_metric`."""
 
 
@@ -226,14 +229,9 @@ def load_reward(source: RewardSource) -> BoundReward:
     except (Exception, SystemExit) as error:
         raise RewardError(f"reward {source.name!r} cannot be loaded: {describe(error)}") from error
     info = declared or RewardInfo(source.name, origin=source.file or source.module or "")
-    return BoundReward(
-        replace(
-            info, name=source.name, timeout=source.timeout or info.timeout, batched=style != "completion"
-        ),
-        function,
-        style,
-        args,
-    )
+    timeout = source.timeout or info.timeout
+    info = replace(info, name=source.name, timeout=timeout, batched=style != "completion")
+    return BoundReward(info, function, style, args)
 
 
 def _check_args(

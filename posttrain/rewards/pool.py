@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 from posttrain.errors import PosttrainError, RewardError
 from posttrain.rewards.calling import Outcome, timeout_outcome
 from posttrain.rewards.registry import RewardInfo, RewardSource
-from posttrain.rewards.worker import Job, Ready, Reply
+from posttrain.rewards.worker import FLUSH_SECONDS, LOAD_SECONDS, PROGRESS_BYTES, Job, Ready, Reply
 
-LOAD_SECONDS = 300.0
-"""Time for a worker to import its rewards; large, as imports compete with everything else at the start."""
 ASYNC_GRACE = 0.5
 """Async rewards time themselves out; the process is killed only if they block and do not get to it."""
 
+STALL_SECONDS = 30
+"""Time for which a message may be stuck half-way: a stray thread in a worker must not stop the trainer."""
+
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from posttrain.rewards.worker import main; main(int(sys.argv[1]))"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from posttrain.rewards.worker import main; main(*map(int, sys.argv[2:]))"
 )
 
 Deliver = Callable[[int, int, list[Outcome], float], None]
@@ -38,10 +43,21 @@ class _Worker:
 
     def __init__(self, sources: Sequence[RewardSource]):
         ours, theirs = socket.socketpair()
-        with theirs:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALL_SECONDS, 0))
+        with theirs, tempfile.TemporaryFile() as memory:
+            memory.truncate(PROGRESS_BYTES)
+            self._progress = mmap.mmap(memory.fileno(), PROGRESS_BYTES)
+            descriptors = [theirs.fileno(), memory.fileno()]
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)],
-                pass_fds=[theirs.fileno()],
+                [
+                    sys.executable,
+                    "-c",
+                    _BOOT,
+                    json.dumps([*map(str, sys.path), str(Path.cwd())]),
+                    *map(str, descriptors),
+                ],
+                pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -54,7 +70,7 @@ class _Worker:
         self.job: Job | None = None
         self.pending: list[int] = []
         self.deadline = time.monotonic() + LOAD_SECONDS
-        with contextlib.suppress(ConnectionError):  # one that is dead already is noticed on reading
+        with contextlib.suppress(OSError):  # one that is dead already is noticed on reading
             self.connection.send(list(sources))
 
     @property
@@ -62,6 +78,7 @@ class _Worker:
         return not self.rewards
 
     def start(self, job: Job) -> None:
+        self._progress[:] = bytes(PROGRESS_BYTES)
         self.connection.send(job)
         self.job, self.pending = job, list(range(len(job.units)))
         self._set_deadline(job)
@@ -78,12 +95,15 @@ class _Worker:
         return self.rewards[job.reward][1]
 
     def budget(self, job: Job) -> float:
-        """Seconds for the unit that is running, or for all that run at once."""
-        units = job.units if self.concurrent(job) else [job.units[self.pending[0]]]
-        return self.rewards[job.reward][0].timeout * max(map(len, units))
+        return job.budget(self.rewards[job.reward][0])
+
+    def running(self) -> int:
+        """The unit that was running when the process ended."""
+        unit = int.from_bytes(self._progress[:], sys.byteorder)
+        return unit if unit in self.pending else self.pending[0]
 
     def _set_deadline(self, job: Job) -> None:
-        grace = ASYNC_GRACE if self.concurrent(job) else 0.0
+        grace = ASYNC_GRACE if self.concurrent(job) else FLUSH_SECONDS
         self.deadline = time.monotonic() + self.budget(job) + grace
 
     def kill(self) -> int:
@@ -151,7 +171,7 @@ class WorkerPool:
             if self._queue and not worker.loading and worker.job is None:
                 try:
                     worker.start(self._queue[0])
-                except ConnectionError:  # it died between two jobs
+                except OSError:  # it has died or got stuck between two jobs
                     self._replace(worker)
                 else:
                     self._queue.popleft()
@@ -170,7 +190,7 @@ class WorkerPool:
     def _receive(self, worker: _Worker, deliver: Deliver) -> None:
         try:
             reply: Reply = worker.connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             self._fail(worker, deliver, late=False)
             return
         if isinstance(reply, PosttrainError):
@@ -179,14 +199,16 @@ class WorkerPool:
             worker.rewards = reply.rewards
             return
         assert worker.job is not None
-        deliver(worker.job.reward, worker.job.ids[reply.unit], reply.outcomes, reply.seconds)
-        worker.finish(reply.unit)
+        job = worker.job
+        for done in reply:
+            deliver(job.reward, job.ids[done.unit], done.outcomes, done.seconds)
+            worker.finish(done.unit)
 
     def _fail(self, worker: _Worker, deliver: Deliver, late: bool) -> None:
         """Replace a worker that hangs or has died, and settle its job."""
         job, pending = worker.job, worker.pending
         code = self._replace(worker)
-        if job is None:
+        if job is None:  # it was loading
             names = ", ".join(source.name for source in self._sources)
             cause = f"took longer than {LOAD_SECONDS:g} s" if late else f"ended the process ({_reason(code)})"
             raise RewardError(f"loading the rewards {names} {cause}")
@@ -199,9 +221,11 @@ class WorkerPool:
         else:
             seconds = 0.0
             outcome = Outcome(None, "died", f"ended the process ({_reason(code)})")
-        deliver(job.reward, job.ids[pending[0]], [outcome] * len(job.units[pending[0]]), seconds)
-        if pending[1:]:
-            self._queue.appendleft(job.part(pending[1:]))
+        culprit = worker.running()
+        deliver(job.reward, job.ids[culprit], [outcome] * len(job.units[culprit]), seconds)
+        rest = [unit for unit in pending if unit != culprit]
+        if rest:
+            self._queue.appendleft(job.part(rest))
 
     def _replace(self, worker: _Worker) -> int:
         code = worker.kill()
@@ -210,7 +234,7 @@ class WorkerPool:
 
 
 def _reason(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
 
 
 def _ignore(reward: int, unit: int, outcomes: list[Outcome], seconds: float) -> None:

@@ -10,13 +10,17 @@ import ast
 import difflib
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.errors import RecipeError, RewardError
+
+if TYPE_CHECKING:
+    from posttrain.recipe.schema import RewardSpec
 
 BUILTIN_MODULE = "posttrain.rewards.builtin"
 ENTRY_POINT_GROUP = "posttrain.rewards"
@@ -69,19 +73,6 @@ class RewardSource:
     attribute: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
     timeout: float | None = None
-
-
-class Spec(Protocol):
-    """The part of a recipe's `RewardSpec` that says which reward is meant."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def from_(self) -> str | None: ...  # noqa: D102
-    @property
-    def args(self) -> dict[str, Any]: ...  # noqa: D102
-    @property
-    def timeout(self) -> float | None: ...  # noqa: D102
 
 
 _registered: dict[str, Registered] = {}
@@ -158,11 +149,11 @@ def known_rewards() -> dict[str, RewardInfo]:
     return dict(sorted(infos.items()))
 
 
-def locate(spec: Spec) -> RewardSource:
+def locate(spec: RewardSpec) -> RewardSource:
     """Find the code of a recipe's reward without running it.
 
     `spec.name` is looked up in the file or module `spec.from_` if that is given; otherwise it is
-    `package.module:attribute`, `path/to/file.py:attribute` (paths from the working directory), a registered
+    `package.module:attribute`, `path/to/file.py:attribute` (from the working directory), a registered
     name, or a name of the entry-point group `posttrain.rewards`.
 
     Raises:
@@ -170,7 +161,7 @@ def locate(spec: Spec) -> RewardSource:
     """
     bound: dict[str, Any] = {"args": dict(spec.args), "timeout": spec.timeout}
     if spec.from_ is not None or ":" in spec.name:
-        place, _, attribute = (spec.from_ or spec.name).rpartition(":")
+        place, _, attribute = spec.name.rpartition(":")
         if spec.from_ is not None:
             place, attribute = spec.from_, spec.name
         if place.endswith(".py"):
@@ -223,40 +214,38 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 
 def _check_module(name: str, module: str) -> None:
     # Only the top package is looked for: looking deeper would import it.
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
+    top = module.partition(".")[0]
+    if not top or not (find_spec(top) or PathFinder.find_spec(top, [str(Path.cwd())])):
         raise RecipeError(f"reward {name!r}: there is no module {module!r}")
 
 
 def _check_file(name: str, path: Path, attribute: str) -> None:
     if not path.is_file():
-        raise RecipeError(f"reward {name!r}: there is no file {str(path)!r} (from {Path.cwd()})")
+        raise RecipeError(f"reward {name!r}: there is no file {str(path)!r} in {Path.cwd()}")
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError) as error:
         raise RecipeError(f"reward {name!r}: {path} is not valid Python: {error}") from error
     names = _names_in(tree)
     if attribute not in names and "*" not in names:
-        listed = ", ".join(names) or "nothing"
         raise RecipeError(
-            f"reward {name!r}: {path} neither registers nor defines {attribute!r}"
-            f"{nearest(attribute, names)}; it has {listed}"
+            f"reward {name!r}: {path} neither registers nor defines {attribute!r}{nearest(attribute, names)}"
         )
 
 
 def _names_in(tree: ast.Module) -> list[str]:
-    """What a file defines at its top level or registers with a literal name, in order."""
-    names: dict[str, None] = {}
+    """Everything a file could mean by a name: what it defines or imports, and its strings."""
+    names: list[str] = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "reward":
-            names |= {str(arg.value): None for arg in node.args[:1] if isinstance(arg, ast.Constant)}
-    for statement in tree.body:
-        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names[statement.name] = None
-        elif isinstance(statement, ast.Assign):
-            names |= {target.id: None for target in statement.targets if isinstance(target, ast.Name)}
-        elif isinstance(statement, (ast.Import, ast.ImportFrom)):
-            names |= {(alias.asname or alias.name): None for alias in statement.names}
-    return list(names)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.append(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+        elif isinstance(node, ast.alias):
+            names.append(node.asname or node.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 100:
+            names.append(node.value)
+    return names
 
 
 def _first_line(target: object) -> str:

@@ -1,17 +1,19 @@
 """The process in which reward functions run, and which may be killed at any time.
 
 It is a fresh interpreter (not a fork of a process with threads and CUDA) that imports only what its rewards
-need. Messages over one socket:
+need. It is given a socket and a few bytes of shared memory:
 
     parent → worker   first the sources of the rewards, then jobs
-    worker → parent   first "ready" with the rewards' declarations, or an error; then one message for every
-                      finished unit of a job, so that the parent knows which one is running
+    worker → parent   first `Ready` with the rewards' declarations, or an error; then the units that are done
+    shared memory     index of the unit that is running, to know the culprit when the process is gone
 """
 
 from __future__ import annotations
 
 import asyncio
 import faulthandler
+import math
+import mmap
 import os
 import sys
 import time
@@ -24,6 +26,11 @@ from posttrain.errors import PosttrainError, RewardError
 from posttrain.rewards.calling import BoundReward, Outcome, Sample, describe, load_reward
 from posttrain.rewards.registry import RewardInfo, RewardSource
 
+LOAD_SECONDS = 300.0
+"""Time to import the rewards; long, as imports compete with everything else at the start of a run."""
+PROGRESS_BYTES = 4
+FLUSH_SECONDS = 0.005
+"""Results of fast rewards travel together for so long."""
 ORPHAN_GRACE = 3.0
 """Seconds after its time-out at which a unit ends the process by itself, if no parent did so before."""
 
@@ -39,6 +46,10 @@ class Job:
     units: list[list[Sample]]
     ids: list[int]
     step: int | None
+
+    def budget(self, info: RewardInfo) -> float:
+        """Seconds that one unit may take."""
+        return info.timeout * max(map(len, self.units))
 
     def part(self, indices: Iterable[int]) -> Job:
         """A job of some of the units."""
@@ -60,24 +71,31 @@ class Done(NamedTuple):
     seconds: float
 
 
-Reply = Ready | PosttrainError | Done
+Reply = Ready | PosttrainError | list[Done]
 
 
-def main(descriptor: int) -> None:
-    """Serve jobs over an inherited socket until the parent closes it or ends."""
-    connection = Connection(descriptor)
+def main(socket: int, memory: int) -> None:
+    """Serve jobs over inherited descriptors until the parent closes the socket or ends."""
+    connection = Connection(socket)
+    progress = mmap.mmap(memory, PROGRESS_BYTES)
     try:
         sources: list[RewardSource] = connection.recv()
+        _expire_after(LOAD_SECONDS)
         try:
             rewards = [load_reward(source) for source in sources]
         except PosttrainError as error:
             connection.send(error)
             os._exit(0)
         connection.send(Ready([(reward.info, reward.concurrent) for reward in rewards]))
+        faulthandler.cancel_dump_traceback_later()
         with asyncio.Runner() as runner:
             while True:
                 job: Job = connection.recv()
-                _run(rewards[job.reward], job, connection, runner)
+                reward = rewards[job.reward]
+                if reward.concurrent:
+                    runner.run(_run_concurrently(reward, job, connection))
+                else:
+                    _run(reward, job, connection, progress)
                 faulthandler.cancel_dump_traceback_later()
     except (EOFError, ConnectionError):
         pass
@@ -86,30 +104,36 @@ def main(descriptor: int) -> None:
     os._exit(0)  # whatever threads a reward has started must not keep the process alive
 
 
-def _run(reward: BoundReward, job: Job, connection: Connection, runner: asyncio.Runner) -> None:
-    if reward.concurrent:
-        _expire_after(max(map(len, job.units)) * reward.info.timeout)
-        runner.run(_run_concurrently(reward, job, connection))
-        return
+def _run(reward: BoundReward, job: Job, connection: Connection, progress: mmap.mmap) -> None:
     process = os.getpid()
+    armed = flushed = -math.inf
+    done: list[Done] = []
     for index, samples in enumerate(job.units):
-        _expire_after(len(samples) * reward.info.timeout)
+        progress[:] = index.to_bytes(PROGRESS_BYTES, sys.byteorder)
         start = time.perf_counter()
+        if start - armed > ORPHAN_GRACE / 2:
+            _expire_after(job.budget(reward.info) + ORPHAN_GRACE)
+            armed = start
         outcomes = reward(samples, job.step)
         if os.getpid() != process:
             os._exit(0)  # a fork made by the reward came back out of it
-        connection.send(Done(index, outcomes, time.perf_counter() - start))
+        now = time.perf_counter()
+        done.append(Done(index, outcomes, now - start))
+        if now - flushed > FLUSH_SECONDS or index == len(job.units) - 1:
+            connection.send(done)
+            done, flushed = [], now
 
 
 async def _run_concurrently(reward: BoundReward, job: Job, connection: Connection) -> None:
     async def run_unit(index: int, samples: list[Sample]) -> None:
         start = time.perf_counter()
         outcomes = await reward.call_async(samples, job.step)
-        connection.send(Done(index, outcomes, time.perf_counter() - start))
+        connection.send([Done(index, outcomes, time.perf_counter() - start)])
 
+    _expire_after(job.budget(reward.info) + ORPHAN_GRACE)
     await asyncio.gather(*(run_unit(index, samples) for index, samples in enumerate(job.units)))
 
 
 def _expire_after(seconds: float) -> None:
     # Works without the interpreter lock, so also while a regular expression backtracks for ever.
-    faulthandler.dump_traceback_later(seconds + ORPHAN_GRACE, exit=True, file=sys.stderr)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
