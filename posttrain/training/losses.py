@@ -71,11 +71,12 @@ def policy_loss(
 ) -> tuple[torch.Tensor, Stats]:
     """Loss of the tokens given, to be minimised, and sums for logging.
 
-    loss = Σ_t weight_t · (importance_t · surrogate_t + kl · k3_t) - entropy · mean over tokens of H
+    loss = Σ_t weight_t · (importance_t · surrogate_t + kl · ratio_t · k3_t) - entropy · mean over tokens of H
 
-    KL has the weights of the surrogate; the entropy bonus is a token mean under every kind, as in TRL.
-    gspo and rloo have one ratio for a completion and the gradient flows through it, so with advantages that
-    differ between the tokens of a completion their mean counts.
+    The ratio policy / old in front of k3 makes the gradient that of KL(policy ‖ reference), at ratio 1 too;
+    without it k3 pulls along KL(reference ‖ policy) (DeepSeek-V3.2, section 3.1; TRL's default). The entropy
+    bonus is a token mean under every kind, as in TRL. gspo and rloo have one ratio for a completion and the
+    gradient flows through it, so where advantages differ between its tokens their mean counts.
 
     Args:
         config: kind, clip range, weights and importance correction.
@@ -94,7 +95,9 @@ def policy_loss(
     """
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     weights = token_weights(config.kind, sequence, denominators, logprobs.dtype)
-    surrogate, stats = _surrogate(config, logprobs, old, advantages, sequence)
+    ratio = _log_ratio(config.kind, logprobs - old, sequence).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    surrogate = _surrogate(config, ratio, logprobs, advantages, sequence)
+    stats = _clip_stats(config, ratio.detach(), advantages)
     if sampling_logprobs is not None:
         importance = importance_weights(config.importance, old, sampling_logprobs, sequence)
         surrogate = importance * surrogate
@@ -102,7 +105,7 @@ def policy_loss(
     loss = (weights * surrogate).sum()
     if config.kl or reference_logprobs is not None:
         assert reference_logprobs is not None, "kl needs reference log-probs"
-        kl = k3(logprobs, reference_logprobs)
+        kl = ratio * k3(logprobs, reference_logprobs)
         loss = loss + config.kl * (weights * kl).sum()
         stats["kl"] = kl.detach().sum()
     if config.entropy or entropy is not None:
@@ -148,30 +151,35 @@ def importance_weights(
     return ratio.masked_fill(ratio > config.cap, 0.0)
 
 
+def _clip_range(config: LossConfig) -> tuple[float, float]:
+    return 1 - config.clip_low, 1 + (config.clip_high or config.clip_low)
+
+
 def _surrogate(
     config: LossConfig,
+    ratio: torch.Tensor,
     logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
     sequence: torch.Tensor,
-) -> tuple[torch.Tensor, Stats]:
-    """The policy-gradient term of each token [N], and how often the clip took hold."""
-    low, high = 1 - config.clip_low, 1 + (config.clip_high or config.clip_low)
-    ratio = (
-        _log_ratio(config.kind, logprobs - old_logprobs, sequence).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    )
+) -> torch.Tensor:
+    """The policy-gradient term of each token [N]."""
+    low, high = _clip_range(config)
     if config.kind == "cispo":
         # MiniMax 2025: the ratio only weights REINFORCE's gradient, so no token's gradient is cut off.
-        surrogate = -ratio.detach().clamp(max=high) * advantages * logprobs
-    else:
-        surrogate = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+        return -ratio.detach().clamp(max=high) * advantages * logprobs
+    surrogate = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     if config.kind == "rloo":
         # The term belongs to the completion and its tokens share it; `token_weights` sums over them.
         surrogate = surrogate / _lengths(sequence)
+    return surrogate
+
+
+def _clip_stats(config: LossConfig, ratio: torch.Tensor, advantages: torch.Tensor) -> Stats:
+    low, high = _clip_range(config)
     clipped_low = (ratio < low) & (advantages < 0) & (config.kind != "cispo")
-    return surrogate, {
-        "tokens": torch.tensor(float(len(logprobs)), device=logprobs.device),
-        "ratio": ratio.detach().sum(),
+    return {
+        "tokens": torch.tensor(float(len(ratio)), device=ratio.device),
+        "ratio": ratio.sum(),
         "clipped_low": clipped_low.sum().float(),
         "clipped_high": ((ratio > high) & (advantages > 0)).sum().float(),
     }

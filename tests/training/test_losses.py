@@ -94,7 +94,7 @@ def test_clip_low_cuts_only_negative_advantages():
     assert (stats["clipped_low"].item(), stats["clipped_high"].item()) == (1, 0)
 
 
-# reference / policy 2, 1, 0.5, 1: k3 = 2-1-ln 2, 0, 0.5-1+ln 2, 0 = 0.306853, 0, 0.193147, 0; sum 0.5
+# reference / policy 2, 1, 0.5, 1: k3 = 2-1-ln 2, 0, 0.5-1+ln 2, 0 = 0.306853, 0, 0.193147, 0
 REFERENCE = LOGPROBS + torch.tensor([2.0, 1.0, 0.5, 1.0]).log()
 
 
@@ -103,17 +103,48 @@ def test_k3():
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("grpo", 0.5 / 3 / 2), ("dapo", 0.5 / 4), ("dr_grpo", 0.5 / 20), ("rloo", 0.5 / 2)]
+    ("kind", "expected", "weight"),
+    [
+        # times the ratios 1.5 and 0.5: 0.460279 + 0.096574 = 0.556853
+        ("grpo", 0.556853, 1 / 3 / 2),
+        ("dapo", 0.556853, 1 / 4),
+        ("dr_grpo", 0.556853, 1 / 20),
+        # times the completion's ratio 0.75: 0.375
+        ("rloo", 0.375, 1 / 2),
+    ],
 )
-def test_kl_has_the_weights_of_the_loss(kind, expected):
+def test_kl_has_the_weights_of_the_loss(kind, expected, weight):
     without, gradient_without, _ = example_loss(LossConfig(kind=kind))
     loss, gradient, stats = example_loss(LossConfig(kind=kind, kl=0.3), reference_logprobs=REFERENCE)
-    assert loss - without == pytest.approx(0.3 * expected, rel=1e-4)
-    # d k3 / d logp = 1 - r = -1, 0, 0.5, 0
-    weight = 0.3 * expected / 0.5
-    difference = [a - b for a, b in zip(gradient, gradient_without, strict=True)]
-    assert difference == pytest.approx([-weight, 0, 0.5 * weight, 0], abs=1e-6)
-    assert stats["kl"].item() == pytest.approx(0.5, rel=1e-5)
+    assert stats["kl"].item() == pytest.approx(expected, rel=1e-5)
+    assert loss - without == pytest.approx(0.3 * weight * expected, rel=1e-4)
+    difference = [(a - b) / (0.3 * weight) for a, b in zip(gradient, gradient_without, strict=True)]
+    if kind == "rloo":
+        # d (r Σ k3) / d logp_t = r (Σ k3 + 1 - reference/policy) = 0.75 (0.5 + (-1, 0, 0.5))
+        assert difference == pytest.approx([-0.375, 0.375, 0.75, 0], abs=1e-5)
+    else:
+        # d (r k3) / d logp = r log(policy/reference) = -1.5 ln 2, 0, 0.5 ln 2, 0
+        assert difference == pytest.approx([-1.039721, 0, 0.346574, 0], abs=1e-5)
+
+
+def test_kl_gradient_is_that_of_the_exact_kl():
+    """Averaged over all tokens the policy may sample, on its first update."""
+    logits = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.log_softmax(torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), 0)
+    policy = torch.log_softmax(logits, 0)
+    (exact,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
+    estimate = torch.zeros(3, dtype=torch.float64)
+    for token in range(3):
+        loss, _ = policy_loss(
+            LossConfig(kind="dapo", kl=1.0),
+            logprobs=policy[token : token + 1],
+            advantages=torch.zeros(1, dtype=torch.float64),
+            sequence=torch.tensor([0]),
+            denominators=Denominators(1, 1, 1),
+            reference_logprobs=reference[token : token + 1],
+        )
+        estimate += policy[token].exp().item() * torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    torch.testing.assert_close(estimate, exact)
 
 
 @pytest.mark.parametrize("kind", KINDS)
