@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from posttrain.errors import DataError, PosttrainError
+from posttrain.errors import DataError
 from posttrain.recipe.schema import ModelConfig, RolloutConfig
 from posttrain.rollout.engine import RolloutEngine
 
@@ -74,7 +71,17 @@ def build_engine(
     if rollout.engine == "vllm":
         from posttrain.rollout.vllm import VllmEngine
 
-        return VllmEngine(model_config, tokenizer, rollout, seed=seed)
+        return VllmEngine(
+            _location(model_config),
+            tokenizer,
+            revision=model_config.revision,
+            dtype=model_config.dtype,
+            max_model_len=rollout.max_model_len,
+            batch_size=rollout.batch_size,
+            memory_fraction=rollout.memory_fraction,
+            kv_cache_gib=rollout.kv_cache_gib,
+            seed=seed,
+        )
     from posttrain.rollout.transformers import TransformersEngine
 
     if model is None:
@@ -82,27 +89,6 @@ def build_engine(
     return TransformersEngine(
         model, tokenizer, max_model_len=rollout.max_model_len, batch_size=rollout.batch_size
     )
-
-
-def model_context(config: PretrainedConfig) -> int:
-    """Longest sequence a model was made for, in tokens.
-
-    Raises:
-        PosttrainError: the model's configuration does not say; the recipe must.
-    """
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if length is None:
-        raise PosttrainError("the model has no max_position_embeddings: set rollout.max_model_len")
-    return length
-
-
-def end_of_sequence_ids(
-    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
-) -> frozenset[int]:
-    """Tokens that end a completion: those of the generation configuration and the tokenizer's own."""
-    configured: Any = generation.eos_token_id if generation is not None else None
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
 
 
 def _location(model: ModelConfig) -> str:

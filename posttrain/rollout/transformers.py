@@ -17,9 +17,9 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import RolloutError
-from posttrain.rollout.build import end_of_sequence_ids, model_context
 from posttrain.rollout.engine import check_requests
 from posttrain.rollout.sampling import RowSampler
+from posttrain.rollout.tokens import decode_texts, end_of_sequence_ids, make_completions, model_context
 from posttrain.rollout.types import Completion, RolloutRequest
 
 
@@ -68,6 +68,8 @@ class TransformersEngine:
 
     def sync(self, model: PreTrainedModel) -> None:
         """Sample from `model` from now on. Its weights are used where they are."""
+        if self._model is None:
+            raise RolloutError("the rollout engine is closed")
         self._model = model
         self.version += 1
 
@@ -224,31 +226,19 @@ class _Outcome:
             tokens = self._tokens[row, : self._step]
             visible = tokens[~np.isin(tokens, self._hidden)]
             tails.append(visible[-4 - max(len(string.encode()) for string in self._strings[row]) :].tolist())
-        for (at, row), text in zip(rows, _decode_texts(self._tokenizer, tails), strict=True):
+        for (at, row), text in zip(rows, decode_texts(self._tokenizer, tails), strict=True):
             found[at] = any(string in text for string in self._strings[row])
         return found
 
     def completions(self, logprobs: np.ndarray) -> list[Completion]:
         """The finished rows, in the order of the requests; `logprobs` is (rows, longest)."""
-        rows = [self._tokens[row, :length].tolist() for row, length in enumerate(self._lengths)]
-        completions = []
-        for row, (tokens, text) in enumerate(zip(rows, _decode_texts(self._tokenizer, rows), strict=True)):
-            values = logprobs[row, : len(tokens)]
-            if not np.isfinite(values).all():
-                raise RolloutError("the policy's logits are not finite; its weights are broken")
-            completions.append(
-                Completion(
-                    token_ids=tuple(tokens),
-                    logprobs=tuple(values.tolist()),
-                    finish_reason="stop" if self._stopped[row] else "length",
-                    text=text,
-                )
-            )
-        return completions
-
-
-def _decode_texts(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
-    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        lengths = self._lengths.tolist()
+        return make_completions(
+            self._tokenizer,
+            [row[:length].tolist() for row, length in zip(self._tokens, lengths, strict=True)],
+            [row[:length].tolist() for row, length in zip(logprobs, lengths, strict=True)],
+            self._stopped.tolist(),
+        )
 
 
 @contextmanager

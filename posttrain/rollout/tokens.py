@@ -1,0 +1,59 @@
+"""What both engines read off a model and a tokenizer: context length, end-of-sequence tokens, completions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from posttrain.errors import PosttrainError, RolloutError
+from posttrain.rollout.types import Completion
+
+
+def model_context(config: PretrainedConfig) -> int:
+    """Longest sequence a model was made for, in tokens.
+
+    Raises:
+        PosttrainError: the model's configuration does not say; the recipe must.
+    """
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        raise PosttrainError("the model has no max_position_embeddings: set rollout.max_model_len")
+    return length
+
+
+def end_of_sequence_ids(
+    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """Tokens that end a completion: those of the generation configuration and the tokenizer's own."""
+    configured: Any = generation.eos_token_id if generation is not None else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
+
+
+def decode_texts(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
+    """Text of token ids without special tokens; nothing else is stripped or cleaned up."""
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def make_completions(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    logprobs: Sequence[list[float]],
+    stopped: Sequence[bool],
+) -> list[Completion]:
+    """Completions from token ids, their log-probs, and whether they stopped by themselves.
+
+    Raises:
+        RolloutError: a log-prob is not finite.
+    """
+    if not all(math.isfinite(value) for row in logprobs for value in row):
+        raise RolloutError("the policy's log-probs are not finite: its weights or its activations are broken")
+    return [
+        Completion(tuple(tokens), tuple(values), "stop" if ended else "length", text)
+        for tokens, values, ended, text in zip(
+            rows, logprobs, stopped, decode_texts(tokenizer, list(rows)), strict=True
+        )
+    ]
