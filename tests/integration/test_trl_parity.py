@@ -269,9 +269,8 @@ def test_rloo_trainer(rloo, monkeypatch, case):
     model.load_state_dict(rloo.start)
     batch = score(rloo, (PROMPT_ROWS, COMPLETIONS, ["text"] * len(LENGTHS)), monkeypatch)
     old = frozen_logprobs(model)
-    perturb(
-        model, seed=2, size=0.003
-    )  # ratios are of whole completions: less of a step takes them out of the clip
+    # Ratios are of whole completions, so a smaller step already takes some out of the clip range.
+    perturb(model, seed=3, size=0.003)
 
     theirs = rloo._compute_loss(model, batch | {"advantages": torch.tensor(ADVANTAGES)})
     theirs.backward()
@@ -292,4 +291,4 @@ def test_advantages(grpo, monkeypatch, scale, rewards):
     texts = ["text"] * len(LENGTHS)
     batch = score(grpo, (PROMPT_ROWS, COMPLETIONS, None, texts, None, {}, None, None), monkeypatch)
     advantages = compute_advantages("grpo", scale, np.array(rewards), [i // 3 for i in range(len(LENGTHS))])
-    np.testing.assert_allclose(advantages, batch["advantages"].numpy(), rtol=1e-5, atol=5e-4)
+    np.testing.assert_allclose(advantages, batch["advantages"].numpy(), rtol=1e-5, atol=1e-4)
