@@ -7,7 +7,6 @@ A command's module has `add_arguments(parser)`, `run(args)`, and a docstring tha
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import re
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from posttrain.errors import PosttrainError, RecipeError
+from posttrain.recipe.spelling import did_you_mean
 
 COMMANDS = {
     "init": "write a starter recipe",
@@ -44,12 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (`head`, a pager) has gone; Python must not complain when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """` Did you mean x?`, or nothing."""
-    found = difflib.get_close_matches(word, known, n=1)
-    return f" Did you mean {found[0]}?" if found else ""
 
 
 class Parser(argparse.ArgumentParser):

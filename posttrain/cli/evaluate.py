@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 
-from posttrain.cli.arguments import add_recipe
-from posttrain.recipe.load import load_recipe
+from posttrain.cli.arguments import add_recipe, load
+from posttrain.recipe.check import require_runnable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,12 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="PATH", help="hub name or folder instead of the recipe's model.path"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results of the same name")
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and say where the results are."""
-    loaded = load_recipe(args.recipe, args.overrides)
+    loaded = load(args, [] if args.model is None else [f"model.path={json.dumps(args.model)}"])
+    require_runnable(loaded, kinds=["evaluate"])
     from posttrain.recipe.run import evaluate_model
 
-    folder = evaluate_model(loaded, args.model or loaded.recipe.model.path)
+    folder = evaluate_model(loaded, loaded.recipe.model.path, overwrite=args.overwrite)
     print(f"Results: {folder}")

@@ -11,8 +11,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from posttrain.cli.arguments import add_recipe
-from posttrain.recipe.load import load_recipe
+from posttrain.cli.arguments import add_recipe, load
+from posttrain.recipe.check import require_runnable
 from posttrain.recipe.schema import LaunchConfig
 
 
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the recipe, then run it here or hand over to accelerate."""
-    loaded = load_recipe(args.recipe, args.overrides)
+    loaded = load(args)
+    require_runnable(loaded)
     command = launch_command(loaded.recipe.launch, sys.argv[1:], os.environ)
     if command is not None:
         os.execv(command[0], command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel
 
 from posttrain.recipe.nodes import key_path
 from posttrain.recipe.schema import Recipe
+from posttrain.recipe.spelling import nearest
 
 Path = tuple[str | int, ...]
 
@@ -44,19 +44,6 @@ def choices_of(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(choice) for choice in get_args(annotation)]
     return [choice for part in get_args(annotation) for choice in choices_of(part)]
-
-
-def nearest(word: str, choices: list[str]) -> str | None:
-    """The most similar choice, if any is similar."""
-    lower = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.66)
-    return lower[found[0]] if found else None
-
-
-def did_you_mean(word: str, choices: list[str]) -> str:
-    """` Did you mean x?`, or nothing."""
-    found = nearest(word, choices)
-    return f" Did you mean {found}?" if found else ""
 
 
 def explain_unknown(path: Path) -> str:

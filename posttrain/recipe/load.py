@@ -23,7 +23,7 @@ from posttrain.recipe.schema import Recipe
 class LoadedRecipe:
     """A valid recipe and where it came from.
 
-    `sources` has the origin of every value that is not a default, by key path (`stages[1].policy.steps`).
+    `sources` has the origin of everything that is not a default, by key path (`stages[1].policy.steps`).
     """
 
     recipe: Recipe
@@ -34,6 +34,12 @@ class LoadedRecipe:
     def source(self, key: str) -> str:
         """`recipes/a.yaml:3:5`, `command line`, or `default`."""
         return str(self.sources[key]) if key in self.sources else "default"
+
+    def origin(self, key: str) -> Origin:
+        """Where to point at for a key: where it or the nearest mapping around it was set."""
+        while key and key not in self.sources:
+            key = key[: max(key.rfind("."), key.rfind("["), 0)]
+        return self.sources.get(key) or Origin(str(self.path), 1, 1)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -59,8 +65,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     problems += [problem for problem in complaints if problem.key not in places]
     if problems or recipe is None:
         raise RecipeError("\n".join(str(problem) for problem in _in_order(problems, files)))
-    leaves = [(where, node) for where, node in root.walk() if not isinstance(node.value, dict)]
-    sources = {key_path(where): node.origin for where, node in leaves}
+    sources = {
+        key_path(where): node.key_origin if isinstance(node.value, dict) else node.origin
+        for where, node in root.walk()
+        if where
+    }
+    # The short form of a reward, a name alone, sets the name.
+    names = [f"rewards[{index}]" for index in range(len(recipe.rewards))]
+    sources |= {f"{key}.name": sources[key] for key in names if f"{key}.name" not in sources}
     return LoadedRecipe(recipe, Path(path), tuple(overrides), sources)
 
 
@@ -81,7 +93,7 @@ def _read_layers(path: Path, name: str, files: list[str]) -> tuple[Node, list[Pr
     """The tree of a file merged over its parents'; `files` collects the names, child first."""
     files.append(name)
     if not path.is_file():
-        raise Unreadable(Problem(Origin(name, 1, 1), "", "there is no such file."))
+        raise Unreadable(Problem(Origin(name), "", "there is no such recipe file."))
     root, problems = read_file(path, name)
     if not isinstance(root.value, dict):
         text = f"a recipe is a mapping of options; found {show(root)}."

@@ -34,14 +34,18 @@ _PATTERNS = {kind: re.compile(rf"(?:{pattern})\Z") for kind, pattern in _CORE_SC
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was set: a place in a file (1-based), or the command line when `file` is None."""
+    """Where a value was set: a place in a file (1-based; line 0 is the file as a whole), or the command line
+    when `file` is None.
+    """
 
     file: str | None
     line: int = 0
     column: int = 0
 
     def __str__(self) -> str:
-        return "command line" if self.file is None else f"{self.file}:{self.line}:{self.column}"
+        if self.file is None:
+            return "command line"
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
 
 
 COMMAND_LINE = Origin(None)
@@ -88,7 +92,9 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.origin}  {self.key}: {self.text}" if self.key else f"{self.origin}  {self.text}"
+        if self.key:
+            return f"{self.origin}  {self.key}: {self.text}"
+        return f"{self.origin}  {self.text}" if self.origin.line else f"{self.origin}: {self.text}"
 
 
 class Unreadable(Exception):
@@ -111,7 +117,7 @@ def read_file(path: Path, name: str) -> tuple[Node, list[Problem]]:
     Raises:
         Unreadable: the file cannot be read, is too large, or is not YAML.
     """
-    whole_file = Origin(name, 1, 1)
+    whole_file = Origin(name)
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -235,7 +241,8 @@ class _Reader:
         if tag is None or tag == "!":
             tag = self.loader.resolve(yaml.ScalarNode, event.value, event.implicit)
         kind = tag.removeprefix(_TAG)
-        if kind in _PATTERNS and not _PATTERNS[kind].match(event.value):
+        # Python converts no integers of more than 4300 digits.
+        if kind in _PATTERNS and (not _PATTERNS[kind].match(event.value) or len(event.value) > 1000):
             self.problems.append(
                 Problem(self.origin(event.start_mark), key_path(path), f"not a valid !!{kind}.")
             )

@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from posttrain.recipe.fields import annotation_at, choices_of, did_you_mean, explain_unknown
+from posttrain.recipe.fields import annotation_at, choices_of, explain_unknown
 from posttrain.recipe.nodes import Node, Origin, Problem, key_path
+from posttrain.recipe.spelling import did_you_mean
 
 _SECRET_KEY = re.compile(
     r"(^|[_-])(api_?key|pass(word|wd|phrase)|secrets?|(access|private|secret)_?key|credentials?"

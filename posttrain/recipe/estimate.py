@@ -1,0 +1,190 @@
+"""Arithmetic of a recipe: steps, rollouts, tokens, and rough memory and disk for one process.
+
+The memory formulas are first-order: weights, gradients, Adam's two moments, a frozen reference when the
+loss has a KL term, activations, the chunk of logits, and the key-value cache of the sampler. Fragmentation,
+the CUDA context (about 0.5 GiB) and sharding by FSDP or ZeRO are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.recipe.model_info import DTYPE_BYTES, ModelInfo
+from posttrain.recipe.schema import (
+    DataSource,
+    EvaluateStage,
+    LoraConfig,
+    PolicyStage,
+    Recipe,
+    SftStage,
+)
+
+LOGIT_CHUNK_BYTES = 3 * 128 * 2**20
+"""Log-probs exist for one chunk of tokens at a time: two to four tensors of 128 MiB."""
+COUNTED_BYTES = 64 * 2**20
+"""Rows of a jsonl file are counted up to this size."""
+BYTES_PER_LOGGED_TOKEN = 12
+"""Token id, log-prob and text of a sampled token in the rollouts' parquet files, before compression."""
+
+
+@dataclass(frozen=True)
+class StageSize:
+    """What a stage will do; None is unknown before the data is read. Tokens are an upper bound."""
+
+    rows: int | None
+    steps: int | None
+    rollouts: int | None
+    sampled_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one phase of a stage, in one process."""
+
+    phase: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts."""
+        return sum(self.parts.values())
+
+
+def count_rows(source: DataSource) -> int | None:
+    """Rows a source will give, where that can be told cheaply."""
+    rows = source.size
+    if source.jsonl is not None:
+        path = Path(source.jsonl).expanduser()
+        if path.stat().st_size <= COUNTED_BYTES:
+            with path.open("rb") as lines:
+                rows = sum(1 for line in lines if line.strip())
+    if source.limit is None:
+        return rows
+    return source.limit if rows is None else min(rows, source.limit)
+
+
+def size_of(stage: SftStage | PolicyStage | EvaluateStage, recipe: Recipe) -> StageSize:
+    """Rows, steps, rollouts and sampled tokens of a stage."""
+    source = stage.data or (recipe.data.eval if isinstance(stage, EvaluateStage) else recipe.data.train)
+    rows = None if source is None else count_rows(source)
+    match stage:
+        case SftStage():
+            steps = stage.max_steps
+            if steps is None and rows is not None:
+                steps = math.ceil(rows / stage.batch_size * stage.epochs)
+            return StageSize(rows, steps, None, None)
+        case PolicyStage():
+            rollouts = stage.steps * stage.prompts_per_step * stage.group_size
+            tokens = rollouts * recipe.rollout.max_tokens * (1 + stage.dynamic_sampling)
+            return StageSize(rows, stage.steps, rollouts, tokens)
+        case EvaluateStage():
+            answers = None
+            if rows is not None:
+                sampled = any("@" in metric or metric == "mean_length" for metric in stage.metrics)
+                answers = rows * (stage.samples * sampled + ("greedy" in stage.metrics))
+            cap = stage.max_tokens or recipe.rollout.max_tokens
+            return StageSize(rows, None, answers, None if answers is None else answers * cap)
+
+
+def trainable_parameters(info: ModelInfo, lora: LoraConfig | None) -> int:
+    """Parameters that get gradients: all, or r·(inputs + outputs) for every adapted linear layer."""
+    if lora is None:
+        return info.parameters or 0
+    names = info.linear if lora.target_modules == "all-linear" else lora.target_modules
+    adapted = [shape for name, shape in info.linear.items() if name in names]
+    return info.layers * sum(lora.r * (inputs + outputs) for inputs, outputs in adapted)
+
+
+def memory_of(stage: SftStage | PolicyStage | EvaluateStage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
+    """Memory of the stage's phases in one process."""
+    weights = (info.parameters or 0) * element_bytes(recipe, info)
+    sampler = {"weights": weights, "KV cache": _kv_cache(stage, recipe, info)}
+    if recipe.rollout.engine == "vllm":
+        sampler["engine weights"] = weights
+    if isinstance(stage, EvaluateStage):
+        return [Memory("sample", sampler)]
+    trained = {"weights": weights, **_training_state(recipe, info)}
+    if isinstance(stage, SftStage):
+        rows = stage.micro_batch_size or math.ceil(stage.batch_size / _processes(recipe))
+        length = stage.max_length or info.context or 0
+        logits = rows * length * info.vocabulary * 4
+        activations = _activations(rows * length, info, recipe, checkpointing=False)
+        return [Memory("update", {**trained, "activations": activations, "logits": logits})]
+    if stage.loss.kl > 0 and recipe.model.lora is None:
+        trained["reference"] = sampler["reference"] = weights
+    tokens = stage.micro_batch_tokens
+    chunk = min(LOGIT_CHUNK_BYTES, 3 * tokens * info.vocabulary * 4)
+    activations = _activations(tokens, info, recipe, stage.gradient_checkpointing)
+    # Optimiser state stays while the engine samples, and vLLM's weights and cache while the trainer trains.
+    held = {name: trained[name] for name in ("optimizer",)}
+    kept = (
+        {name: sampler[name] for name in ("engine weights", "KV cache")}
+        if "engine weights" in sampler
+        else {}
+    )
+    return [
+        Memory("sample", {**sampler, **held}),
+        Memory("update", {**trained, "activations": activations, "logits": chunk, **kept}),
+    ]
+
+
+def disk_of(recipe: Recipe, info: ModelInfo) -> int:
+    """Bytes that the run folder will take at most: models, checkpoints with optimiser state, rollouts."""
+    element = element_bytes(recipe, info)
+    trained = trainable_parameters(info, recipe.model.lora) * (4 if recipe.model.lora else element)
+    total = 0
+    for spec in recipe.stages:
+        stage = spec.config
+        if isinstance(stage, EvaluateStage):
+            continue
+        total += trained if recipe.model.lora else (info.parameters or 0) * element
+        if isinstance(stage, PolicyStage):
+            total += (stage.steps // stage.save_steps if stage.save_steps else 0) * 3 * trained
+            if stage.log_rollouts:
+                tokens = size_of(stage, recipe).sampled_tokens or 0
+                total += tokens // stage.log_rollouts * BYTES_PER_LOGGED_TOKEN
+    return total
+
+
+def element_bytes(recipe: Recipe, info: ModelInfo) -> int:
+    """Bytes of one weight in training."""
+    dtype = info.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
+    return DTYPE_BYTES.get(dtype, 4)
+
+
+def _processes(recipe: Recipe) -> int:
+    return recipe.launch.num_processes if recipe.launch else 1
+
+
+def _training_state(recipe: Recipe, info: ModelInfo) -> dict[str, int]:
+    # peft keeps adapters in float32; torch's Adam keeps its moments in the type of the parameter.
+    element = 4 if recipe.model.lora else element_bytes(recipe, info)
+    trainable = trainable_parameters(info, recipe.model.lora) * element
+    adapters = {"adapters": trainable} if recipe.model.lora else {}
+    return {**adapters, "gradients": trainable, "optimizer": 2 * trainable}
+
+
+def _activations(tokens: int, info: ModelInfo, recipe: Recipe, checkpointing: bool) -> int:
+    """Per token and block: eight vectors of the hidden size (norms, residuals, attention in and out), the
+    projections' outputs, and four of the inner size. Attention scores are never stored (SDPA). With
+    checkpointing one vector per block and one block in full.
+    """
+    outputs = {name: shape[1] for name, shape in info.linear.items()}
+    block = 8 * info.hidden + outputs["q_proj"] + 2 * outputs["k_proj"] + 4 * outputs["gate_proj"]
+    per_token = info.layers * info.hidden + block if checkpointing else info.layers * block
+    return tokens * per_token * element_bytes(recipe, info)
+
+
+def _kv_cache(stage: SftStage | PolicyStage | EvaluateStage, recipe: Recipe, info: ModelInfo) -> int:
+    """Keys and values of the sequences decoded together, for prompts as long as their completions at most."""
+    if recipe.rollout.engine == "vllm":
+        return int(recipe.rollout.kv_cache_gib * 2**30)
+    sequences, cap = recipe.rollout.batch_size, recipe.rollout.max_tokens
+    if isinstance(stage, PolicyStage):
+        sequences = min(sequences, math.ceil(stage.prompts_per_step / _processes(recipe)) * stage.group_size)
+    if isinstance(stage, EvaluateStage):
+        cap = stage.max_tokens or cap
+    length = min(2 * cap, recipe.rollout.max_model_len or info.context or 2 * cap)
+    return sequences * length * info.layers * 2 * info.key_value_width * element_bytes(recipe, info)

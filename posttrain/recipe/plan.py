@@ -1,0 +1,251 @@
+"""`posttrain plan`: what a recipe will do, in full, before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.recipe.check import data_sources, describe_source, require_runnable
+from posttrain.recipe.estimate import (
+    Memory,
+    StageSize,
+    count_rows,
+    disk_of,
+    memory_of,
+    size_of,
+    trainable_parameters,
+)
+from posttrain.recipe.load import LoadedRecipe, recipe_to_dict
+from posttrain.recipe.model_info import ModelInfo, read_model_info
+from posttrain.recipe.schema import EvaluateStage, PolicyStage, Recipe, SftStage
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of the resolved recipe and where it comes from."""
+
+    key: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run. `memory` has one list of phases per stage; it is empty, like `disk`, where the model's
+    sizes are not known.
+    """
+
+    loaded: LoadedRecipe
+    model: ModelInfo | None
+    sizes: list[StageSize]
+    memory: list[list[Memory]]
+    disk: int | None
+    values: list[Value]
+    notes: list[str]
+
+
+def make_plan(loaded: LoadedRecipe) -> Plan:
+    """Check a recipe and work out what it will do.
+
+    Raises:
+        RecipeError: with every problem found, one a line.
+    """
+    notes = require_runnable(loaded)
+    recipe = loaded.recipe
+    folder = Path(recipe.model.path).expanduser()
+    info = read_model_info(folder) if folder.is_dir() else None
+    stages = [spec.config for spec in recipe.stages]
+    known = info is not None and info.parameters is not None
+    return Plan(
+        loaded=loaded,
+        model=info,
+        sizes=[size_of(stage, recipe) for stage in stages],
+        memory=[memory_of(stage, recipe, info) for stage in stages] if info is not None and known else [],
+        disk=disk_of(recipe, info) if info is not None and known else None,
+        values=[Value(key, value, loaded.source(key)) for key, value in _leaves(recipe_to_dict(recipe))],
+        notes=notes,
+    )
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON-compatible values. Memory and disk in bytes."""
+    stages = []
+    for index, spec in enumerate(plan.loaded.recipe.stages):
+        memory = [
+            {"phase": phase.phase, "bytes": phase.parts, "total": phase.total}
+            for phase in (plan.memory[index] if plan.memory else [])
+        ]
+        size = asdict(plan.sizes[index])
+        stages.append({"kind": spec.kind, "name": spec.config.name, **size, "memory": memory})
+    return {
+        "name": plan.loaded.recipe.name,
+        "model": None if plan.model is None else asdict(plan.model),
+        "stages": stages,
+        "disk": plan.disk,
+        "values": [asdict(value) for value in plan.values],
+        "notes": plan.notes,
+    }
+
+
+def format_plan(plan: Plan, *, all_values: bool = False) -> str:
+    """The plan as text; the last line is one sentence on what will run."""
+    recipe = plan.loaded.recipe
+    lines = [f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name, ""]
+    lines += _table(
+        [("model", _model_line(recipe, plan.model)), *_data_lines(recipe), *_reward_lines(recipe)]
+    )
+    lines += ["", "stages"]
+    lines += _table(list(_stage_lines(recipe, plan.sizes)), indent=2)
+    if plan.memory:
+        lines += ["", "memory of one process, estimated", *_memory_lines(recipe, plan.memory)]
+    folder = Path(recipe.output_dir) / recipe.name
+    if plan.disk is not None:
+        lines += ["", f"disk: at most about {_bytes(plan.disk)} in {folder}"]
+    shown = [value for value in plan.values if all_values or value.source != "default"]
+    lines += [
+        "",
+        "values, all of them" if all_values else "values that are not defaults (--all shows the rest)",
+    ]
+    lines += _table([(value.key, _show(value.value), value.source) for value in shown], indent=2)
+    if plan.notes:
+        lines += ["", "notes", *(f"  {note}" for note in plan.notes)]
+    return "\n".join([*lines, "", _closing_line(recipe)])
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every scalar and every list of scalars, by key path."""
+    if isinstance(value, dict) and value:
+        for name, child in value.items():
+            yield from _leaves(child, f"{key}.{name}" if key else name)
+    elif isinstance(value, list) and any(isinstance(child, dict) for child in value):
+        for index, child in enumerate(value):
+            yield from _leaves(child, f"{key}[{index}]")
+    else:
+        yield key, value
+
+
+def _model_line(recipe: Recipe, info: ModelInfo | None) -> str:
+    if info is None:
+        return f"{recipe.model.path}, not on this machine"
+    dtype = info.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
+    parts = [f"{recipe.model.path}: {info.architecture}"]
+    parts.append("size unknown" if info.parameters is None else f"{_count(info.parameters)} parameters")
+    if recipe.model.lora is not None:
+        parts.append(f"LoRA trains {_count(trainable_parameters(info, recipe.model.lora))} more")
+    parts.append(dtype)
+    if info.context is not None:
+        parts.append(f"context {info.context:,}")
+    if recipe.model.trust_remote_code:
+        parts.append("RUNS CODE FROM THE CHECKPOINT (trust_remote_code)")
+    return ", ".join(parts)
+
+
+def _data_lines(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    for key, source in data_sources(recipe):
+        rows = count_rows(source)
+        yield key, describe_source(source) + ("" if rows is None else f", {rows:,} rows")
+
+
+def _reward_lines(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.rewards:
+        yield "rewards", ", ".join(f"{spec.name} × {spec.weight:g}" for spec in recipe.rewards)
+
+
+def _stage_lines(recipe: Recipe, sizes: list[StageSize]) -> Iterator[tuple[str, str, str]]:
+    for number, (spec, size) in enumerate(zip(recipe.stages, sizes, strict=True), start=1):
+        stage = spec.config
+        match stage:
+            case SftStage():
+                text = _sft_line(stage, size)
+            case PolicyStage():
+                text = _policy_line(stage, size)
+            case _:
+                text = _evaluate_line(stage, size)
+        name = spec.kind if stage.name == spec.kind else f"{spec.kind} {stage.name!r}"
+        yield f"{number}", name, text
+
+
+def _sft_line(stage: SftStage, size: StageSize) -> str:
+    rows = "rows" if size.rows is None else f"{size.rows:,} rows"
+    steps = "" if size.steps is None else f" = {size.steps:,} steps"
+    passes = f"{stage.epochs:g} × {rows}" if stage.max_steps is None else rows
+    return f"{passes} in batches of {stage.batch_size}{steps}"
+
+
+def _policy_line(stage: PolicyStage, size: StageSize) -> str:
+    work = f"{stage.steps:,} steps × {stage.prompts_per_step} prompts × {stage.group_size} completions"
+    tokens = f"at most {_count(size.sampled_tokens or 0)} sampled tokens"
+    parts = [f"{work} = {size.rollouts:,} rollouts", tokens]
+    if stage.updates_per_batch > 1:
+        parts.append(f"{stage.steps * stage.updates_per_batch:,} updates")
+    if size.rows is not None:
+        parts.append(f"{stage.steps * stage.prompts_per_step / size.rows:.2g} passes over the prompts")
+    if stage.dynamic_sampling:
+        parts.append(f"up to {stage.dynamic_sampling} rounds of replacing prompts included")
+    return ", ".join(parts)
+
+
+def _evaluate_line(stage: EvaluateStage, size: StageSize) -> str:
+    metrics = ", ".join(stage.metrics)
+    if size.rollouts is None:
+        return f"{metrics} on every problem"
+    tokens = f"at most {_count(size.sampled_tokens or 0)} sampled tokens"
+    return f"{metrics} on {size.rows:,} problems: {size.rollouts:,} rollouts, {tokens}"
+
+
+def _memory_lines(recipe: Recipe, memory: list[list[Memory]]) -> list[str]:
+    names = list(dict.fromkeys(name for phases in memory for phase in phases for name in phase.parts))
+    rows: list[tuple[str, ...]] = [("", *names, "total")]
+    for spec, phases in zip(recipe.stages, memory, strict=True):
+        for phase in phases:
+            cells = [_bytes(phase.parts[name]) if name in phase.parts else "" for name in names]
+            rows.append((f"{spec.config.name}: {phase.phase}", *cells, _bytes(phase.total)))
+    return _table(rows, indent=2)
+
+
+def _closing_line(recipe: Recipe) -> str:
+    steps = ", then ".join(_what(spec.config) for spec in recipe.stages)
+    processes = recipe.launch.num_processes if recipe.launch else 1
+    where = f" in {processes} processes" if processes > 1 else ""
+    return f"This will {steps}{where}, and write to {Path(recipe.output_dir) / recipe.name}."
+
+
+def _what(stage: SftStage | PolicyStage | EvaluateStage) -> str:
+    match stage:
+        case SftStage():
+            return "fine-tune on demonstrations"
+        case PolicyStage():
+            return f"train {stage.steps:,} steps with {stage.loss.kind}"
+        case EvaluateStage():
+            return f"evaluate {', '.join(stage.metrics)}"
+
+
+def _table(rows: list[tuple[str, ...]], indent: int = 0) -> list[str]:
+    """Rows with their cells aligned to the left, two spaces apart."""
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [" " * indent + line.rstrip() for line in padded]
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"
