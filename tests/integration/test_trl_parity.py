@@ -270,13 +270,14 @@ def test_rloo_trainer(rloo, monkeypatch, case):
     batch = score(rloo, (PROMPT_ROWS, COMPLETIONS, ["text"] * len(LENGTHS)), monkeypatch)
     old = frozen_logprobs(model)
     # Ratios are of whole completions, so a smaller step already takes some out of the clip range.
-    perturb(model, seed=3, size=0.003)
+    perturb(model, seed=4, size=0.003)
 
     theirs = rloo._compute_loss(model, batch | {"advantages": torch.tensor(ADVANTAGES)})
     theirs.backward()
     theirs_gradient = gradients(model)
     loss, stats = our_loss(config, case, model, old, None, None)
-    assert stats["clipped_low"] + stats["clipped_high"] > 0
+    assert stats["clipped_low"] > 0
+    assert stats["clipped_high"] > 0
     compare("rloo", case, loss, theirs.item(), gradients(model), theirs_gradient)
     advantages = compute_advantages("rloo", None, np.array(REWARDS), [i // 3 for i in range(len(LENGTHS))])
     np.testing.assert_allclose(advantages, batch["advantages"].numpy(), rtol=1e-5, atol=1e-6)
