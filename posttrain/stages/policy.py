@@ -45,11 +45,12 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
     try:
         with Scorer(recipe.rewards, recipe.reward_options) as scorer:
             prompts = _fitting(examples, tokenizer, source.format, stage, engine.max_model_len - 1)
+            ids_of = {example.id: ids for example, ids in prompts}
             collector = Collector(
                 engine=engine,
                 scorer=scorer,
                 order=PromptOrder([example for example, _ in prompts], recipe.seed),
-                encode={example.id: ids for example, ids in prompts}.__getitem__,
+                encode=lambda example: ids_of[example.id],
                 stage=stage,
                 rollout=recipe.rollout,
                 rewards=recipe.reward_options,
