@@ -88,28 +88,32 @@ def chunked_logprobs(
         chunk_size: tokens whose logits exist together; None takes as many as `CHUNK_BYTES` holds.
 
     Returns:
-        (logprobs, entropy), each [N] float32 (float64 for float64 inputs). Logits are computed in the type
-        of the inputs, or in autocast's, and accumulated in float32, as are the gradients.
+        (logprobs, entropy), each [N] float32 (float64 for float64 inputs). On CUDA the factors of a product
+        have the type of the inputs, or autocast's; the logits and the sums of gradients are float32 anywhere.
     """
+    dtype = _factor_dtype(hidden, weight)
+    if chunk_size is None:
+        chunk_size = chunk_tokens(weight.shape[0], torch.promote_types(dtype, torch.float32).itemsize)
+    logits = _Logits(dtype, scale, softcap, 1.0 / temperature)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _ChunkedLogprobs.apply(hidden, weight, bias, targets, logits, chunk_size)
+
+
+def _factor_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """Type of the factors of products: half precision only where the product can come out in float32."""
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     else:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if chunk_size is None:
-        chunk_size = chunk_tokens(weight.shape[0], torch.promote_types(dtype, torch.float32).itemsize)
-    logits = _Logits(dtype, scale, softcap, 1.0 / temperature)
-    with torch.autocast(device_type, enabled=False):
-        return _ChunkedLogprobs.apply(hidden, weight, bias, targets, logits, chunk_size)
+    return dtype if device_type == "cuda" else torch.promote_types(dtype, torch.float32)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` in float32 or better; never rounded to half precision on the way out."""
-    if a.dtype in (torch.float64, torch.float32):
-        return torch.mm(a, b)
-    if a.device.type == "cuda":
+    """`a @ b` in float32 or better, never rounded to half precision on the way out."""
+    if a.dtype.itemsize < 4:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
+    return torch.mm(a, b)
 
 
 def _accumulate_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -117,12 +121,10 @@ def _accumulate_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -
 
     Rounding every chunk's product to bfloat16 before the sum would bias the gradient of the head.
     """
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.device.type == "cuda":
+    if a.dtype.itemsize < 4:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a, b)
 
 
 @dataclass(frozen=True)
