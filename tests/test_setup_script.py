@@ -103,10 +103,16 @@ def test_a_change_installs_again_into_the_same_environment(changed, clone):
     assert "making .venv" not in done.stdout
 
 
-def test_other_extras_install_again(clone):
+def test_more_extras_install_again_fewer_do_not(clone):
     clone.setup()
     assert len(clone.setup("deepspeed")[1]) == 1
     assert clone.setup()[1] == clone.setup("deepspeed")[1] == []
+
+
+def test_moved_clone_is_set_up_again(clone):
+    clone.setup()
+    clone.folder = clone.folder.rename(clone.folder.with_name("moved"))
+    assert len(clone.setup()[1]) == 1
 
 
 def test_a_failed_install_is_shown_and_tried_again(clone):

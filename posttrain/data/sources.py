@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from posttrain.data.tasks import MAX_DRAWS_PER_ROW, SPLITS, make_task, split_of
+from posttrain.data.tasks import MAX_DRAWS_PER_ROW, make_task, split_of
 from posttrain.errors import DataError
 from posttrain.recipe.schema import Columns, DataSource
 from posttrain.rollout.types import Example, Message, Prompt, derive_seed
@@ -46,8 +46,6 @@ def load_examples(source: DataSource) -> list[Example]:
     Raises:
         DataError: a source that cannot be read or is empty, a missing column, or a row that cannot be used.
     """
-    if source.system is not None and source.format == "text":
-        raise DataError("data source has a system message, which needs chat prompts, but its format is text")
     examples = _with_ids([_to_example(row, source) for row in READERS[_kind_of(source)](source)])
     if not examples:
         raise DataError(f"{_describe(source)} has no rows")
@@ -178,10 +176,6 @@ def _read_reasoning_gym(source: DataSource) -> Iterator[Row]:
     assert size is not None
     if name not in DATASETS:
         raise DataError(f"reasoning_gym has no dataset {name!r}; {_known(name, DATASETS, 'datasets')}")
-    if source.split not in SPLITS:
-        raise DataError(
-            f"reasoning_gym source has no split {source.split!r}; {_known(source.split, SPLITS, 'splits')}"
-        )
     rows: dict[str, dict[str, Any]] = {}
     with _own_global_random(source.seed):
         dataset = _create_reasoning_gym(source, size)
