@@ -9,13 +9,15 @@ import platform
 import shutil
 import time
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import RecipeError
 from posttrain.recipe.load import LoadedRecipe, dump_recipe
 from posttrain.recipe.schema import ModelConfig, Recipe, StageSpec
-from posttrain.report.progress import Progress
+from posttrain.report.html import write_report
+from posttrain.report.progress import Progress, metric_line
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.record import MetricsFile, write_json
 
@@ -76,9 +78,25 @@ def _run(recipe: Recipe, stages: list[StageSpec], model: ModelConfig, run_dir: P
             results.append((context, result, time.monotonic() - began))
             progress.finished(name, result.summary, results[-1][2])
             model = result.model
-    if rank == 0:
-        write_json(run_dir / "summary.json", summarise(recipe, results, time.monotonic() - started))
+        if rank == 0:
+            summary = summarise(recipe, results, time.monotonic() - started)
+            write_json(run_dir / "summary.json", summary)
+            report = write_report(run_dir)
+            for line in closing_lines(summary):
+                progress.say(line)
+            progress.say(f"Report: {report}")
     return run_dir
+
+
+def closing_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Every metric of the first and the last evaluation, one line each."""
+    lines = [f"{summary['name']} took {summary['seconds']:.0f} s (seed {summary['seed']})"]
+    if summary["evaluations"]:
+        first, last = summary["evaluations"][0], summary["evaluations"][-1]
+        for evaluation in (first,) if first is last else (first, last):
+            lines.append(f"{evaluation['stage']}: {evaluation['problems']} problems")
+            lines += [f"   {metric_line(name, value)}" for name, value in evaluation["metrics"].items()]
+    return lines
 
 
 def _make_folder(run_dir: Path, overwrite: bool) -> None:
