@@ -142,10 +142,10 @@ def _reward_flat(stage: Stage) -> str | None:
 
 
 def _unscored_evaluation(entry: Mapping[str, Any]) -> str | None:
-    unscored, samples = entry.get("unscored") or 0, entry.get("samples") or 0
-    if not samples or unscored / samples <= UNSCORED:
+    unscored, samples = entry["unscored"], entry["problems"] * entry["samples"]
+    if unscored <= UNSCORED * samples:
         return None
-    return f"{unscored:,} of {samples:,} samples could not be scored and are left out of the metrics."
+    return f"{unscored:,} of the samples could not be scored and are left out of the metrics."
 
 
 CHECKS: tuple[tuple[Level, Callable[[Stage], str | None]], ...] = (

@@ -84,6 +84,7 @@ def results(run: Run) -> Results | None:
         (m for m in metrics if m != "mean_length"), None
     )
     last = evaluations[after]
+    each = "sample each" if last["samples"] == 1 else "samples each"
     confidences = {e.confidence for column in columns for e in column.values() if e is not None}
     confidence = " or ".join(percent(c, 0) for c in sorted(confidences))
     return Results(
@@ -91,7 +92,7 @@ def results(run: Run) -> Results | None:
         before=before,
         after=after,
         rows=rows,
-        problems=f"{last['problems']:,} problems, {last['samples']:,} samples",
+        problems=f"{last['problems']:,} problems, {last['samples']:,} {each}",
         moved=_moved(compared.get(main) if main else None),
         paired=bool(compared),
         confidence=confidence,

@@ -80,7 +80,7 @@ def evaluation_problems(stage: Stage) -> dict[str, Problem]:
     """The problems of an evaluate stage with each sample's outcome; empty where none were written."""
     if stage.samples is None:
         return {}
-    table = read_table(stage.samples, ("example_id", "role", "correct", "vote", "completion_ids"))
+    table = read_table(stage.samples, ("example_id", "role", "correct", "completion", "completion_ids"))
     lengths = pc.list_value_length(table["completion_ids"])
     return group_by_problem(table.drop_columns("completion_ids").append_column("length", lengths).to_pylist())
 

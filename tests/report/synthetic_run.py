@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from posttrain.evaluation.samples import evaluate_problems, group_by_problem
+from posttrain.evaluation.metrics import estimate
+from posttrain.evaluation.samples import group_by_problem, problem_values
 
-METRICS = ["pass@1", "pass@4", "greedy", "mean_length"]
+METRICS = ["pass@1", "pass@4", "maj@4", "greedy", "mean_length"]
 RECIPE = """name: arithmetic
 description: Warm-start on worked solutions, then GRPO on the answers.
 seed: 7
@@ -21,7 +22,7 @@ rewards:
 - name: format
   weight: 0.1
 stages:
-- evaluate: {metrics: [pass@1, pass@4, greedy, mean_length], samples: 4}
+- evaluate: {metrics: [pass@1, pass@4, maj@4, greedy, mean_length], samples: 4}
 - policy: {steps: 60}
 """
 
@@ -31,7 +32,7 @@ def solve(rng, problem, skill, cap=90):
     a, b, c = np.random.default_rng(problem).integers(2, 90, size=3)
     right = rng.random() < skill
     total = int(a + b - c) + (0 if right else int(rng.integers(1, 9)))
-    text = f"First {a} + {b} = {a + b}.\nThen {a + b} - {c} = {total}.\nThe answer is {total}."
+    text = f"First {a} + {b} = {a + b}.\nThen {a + b} - {c} = {total}.\n#### {total}"
     if rng.random() < 0.4 * (1 - skill):
         text += "\nLet me check that again." * int(rng.integers(1, 4))
     return (
@@ -92,13 +93,15 @@ def write_evaluation(run, stage, skill, problems, samples):
         rows += [rollout(rng, step=0, problem=problem, index=index, skill=chance) for index in range(samples)]
         rows.append(rollout(rng, step=0, problem=problem, index=0, skill=chance > 0.5, role="greedy"))
     write_rows(run / "rollouts" / stage / "samples.parquet", rows)
-    result = evaluate_problems(list(group_by_problem(rows).values()), METRICS)
+    for row in rows:
+        row["length"] = len(row["completion_ids"])
+    problems_of = list(group_by_problem(rows).values())
     return {
         "stage": stage,
-        "problems": result.problems,
-        "samples": result.samples,
-        "unscored": result.unscored,
-        "metrics": {name: estimate.to_dict() for name, estimate in result.metrics.items()},
+        "problems": problems,
+        "samples": samples,
+        "unscored": 0,
+        "metrics": {name: estimate(problem_values(name, problems_of)).to_dict() for name in METRICS},
     }
 
 
