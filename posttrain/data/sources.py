@@ -190,6 +190,7 @@ def _read_reasoning_gym(source: DataSource) -> Iterator[Row]:
                 last_new = index
                 rows[question] = {
                     "prompt": question,
+                    "question": question,  # the dataset's own scorer may want it without template
                     "answer": entry["answer"],
                     "source_dataset": name,
                     "metadata": entry["metadata"],

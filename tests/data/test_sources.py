@@ -184,9 +184,11 @@ def test_task_args_are_checked(args):
 
 
 def test_reasoning_gym_columns():
-    source = DataSource(reasoning_gym="chain_sum", size=5, args={"min_terms": 3, "max_terms": 3})
+    args = {"min_terms": 3, "max_terms": 3}
+    source = DataSource(reasoning_gym="chain_sum", size=5, args=args, template="Q: {prompt}")
     for example in load_examples(source):
         assert example.columns["source_dataset"] == "chain_sum"
+        assert example.prompt == f"Q: {example.columns['question']}"
         metadata = example.columns["metadata"]
         assert metadata["num_terms"] == 3
         assert metadata["expression"] in example.prompt
