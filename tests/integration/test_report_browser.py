@@ -5,16 +5,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from synthetic_run import write_run
 
 from posttrain.report.html import write_report
-
-sys.path.append(str(Path(__file__).parents[1] / "report"))
-from synthetic_run import write_rows, write_run
+from posttrain.training.record import write_rollouts
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -112,7 +109,7 @@ def test_neither_completions_nor_added_scripts_run(tmp_path):
     path = run_dir / "rollouts/02-evaluate/samples.parquet"
     hostile = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
     rows = [row | {"completion": hostile, "prompt": hostile} for row in pq.read_table(path).to_pylist()]
-    write_rows(path, rows)
+    write_rollouts(path, rows)
     report = write_report(run_dir)
     report.write_text(
         report.read_text().replace("</body>", "<script>document.title = 'added'</script></body>")

@@ -6,15 +6,17 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from importlib import resources
 
 import pyarrow.parquet as pq
 import pytest
-from synthetic_run import write_rows, write_run
+from synthetic_run import write_run
 
 from posttrain.errors import PosttrainError
 from posttrain.report.html import embed, write_report
 from posttrain.report.results import results
 from posttrain.report.run_folder import read_run
+from posttrain.training.record import write_rollouts
 
 HOSTILE = "</script><script>document.title='pwned'</script><img src=x onerror=alert(1)>\u2028<!--<script>"
 
@@ -100,7 +102,7 @@ def test_what_the_model_wrote_stays_text(run_dir):
     for row in rows:
         row |= dict.fromkeys(("prompt", "completion", "answer", "example_id", "group", "status"), HOSTILE)
         row["reward_errors"] = json.dumps({HOSTILE: HOSTILE})
-    write_rows(path, rows)
+    write_rollouts(path, rows)
     recipe = run_dir / "recipe.yaml"
     recipe.write_text(recipe.read_text() + f"report_to: [{json.dumps(HOSTILE)}]\n")
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -202,3 +204,33 @@ def test_no_run_folder_is_named_and_nothing_written(tmp_path):
 
 def test_report_is_the_same_each_time(run_dir):
     assert write_report(run_dir).read_text() == write_report(run_dir).read_text()
+
+
+def colours(css):
+    return dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", css))
+
+
+def contrast(one, other):
+    """WCAG 2.2 contrast ratio of two colours."""
+
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_text_and_lines_stand_out_from_their_background(mode):
+    css = resources.files("posttrain.report").joinpath("style.css").read_text()
+    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    palette = colours(light) | (colours(dark) if mode == "dark" else {})
+    for ground in ("page", "card"):
+        for text in ("text", "muted", "accent", "good", "bad", "warn"):
+            assert contrast(palette[text], palette[ground]) >= 4.5, (text, ground)
+    for text, ground in (("bad", "bad-soft"), ("warn", "warn-soft"), ("muted", "accent-soft")):
+        assert contrast(palette[text], palette[ground]) >= 4.5, (text, ground)
+    for line in ("c0", "c1", "c2", "c3", "c4", "c5", "was"):
+        assert contrast(palette[line], palette["card"]) >= 3, line

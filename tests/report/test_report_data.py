@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from synthetic_run import METRICS, policy_line, write_lines, write_rows, write_run, write_step
+from synthetic_run import METRICS, policy_line, write_lines, write_run, write_step
 
 from posttrain.errors import PosttrainError
 from posttrain.evaluation.metrics import paired_difference
@@ -27,6 +27,7 @@ from posttrain.report.rollouts import (
 from posttrain.report.run_folder import Series, read_run
 from posttrain.report.series import MAX_POINTS, curve, smooth, stage_charts
 from posttrain.report.words import amount, count, duration, percent, points, stage_title
+from posttrain.training.record import write_rollouts
 
 
 def read_lines(run_dir, lines):
@@ -174,7 +175,7 @@ def test_before_is_the_evaluation_the_summary_means(run_dir):
 
 
 def test_other_problems_are_compared_without_an_interval(run_dir):
-    write_rows(run_dir / "rollouts/02-evaluate/samples.parquet", one_sample("another"))
+    write_rollouts(run_dir / "rollouts/02-evaluate/samples.parquet", one_sample("another"))
     table = results(read_run(run_dir))
     assert not table.paired
     assert {row.change_interval for row in table.rows} == {""}
@@ -258,7 +259,7 @@ def test_sample_of_long_completions_fits_the_report(tmp_path):
     for step in range(1, 30):
         for_step = [one_sample("e", index=i, reward=float(i), **long)[0] for i in range(8)]
         equal = [one_sample("f", index=i, group="h", **long)[0] for i in range(8)]
-        write_rows(tmp_path / f"rollouts/01-policy/step-{step:06d}.parquet", for_step + equal)
+        write_rollouts(tmp_path / f"rollouts/01-policy/step-{step:06d}.parquet", for_step + equal)
     sample = sample_rollouts(read_run(tmp_path))
     assert len(json.dumps(sample.rows)) <= PAYLOAD
     assert len({row["step"] for row in sample.rows}) == STEPS_SHOWN

@@ -5,11 +5,10 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from posttrain.evaluation.metrics import estimate
 from posttrain.evaluation.samples import group_by_problem, problem_values
+from posttrain.training.record import write_rollouts
 
 METRICS = ["pass@1", "pass@4", "maj@4", "greedy", "mean_length"]
 RECIPE = """name: arithmetic
@@ -72,18 +71,6 @@ def rollout(rng, *, step, problem, index, skill, role="solution"):
     }
 
 
-def write_rows(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    types = {"loss_mask": pa.list_(pa.int8()), "answer": pa.string(), "correct": pa.bool_()}
-    arrays = {
-        name: pa.array(
-            [row[name] for row in rows], pa.float64() if name.startswith("reward/") else types.get(name)
-        )
-        for name in rows[0]
-    }
-    pq.write_table(pa.table(arrays), path)
-
-
 def write_evaluation(run, stage, skill, problems, samples):
     rng = np.random.default_rng(len(stage) + int(100 * skill))
     rows = []
@@ -92,7 +79,7 @@ def write_evaluation(run, stage, skill, problems, samples):
         chance = min(max(skill + easy - 0.5, 0.02), 0.98)
         rows += [rollout(rng, step=0, problem=problem, index=index, skill=chance) for index in range(samples)]
         rows.append(rollout(rng, step=0, problem=problem, index=0, skill=chance > 0.5, role="greedy"))
-    write_rows(run / "rollouts" / stage / "samples.parquet", rows)
+    write_rollouts(run / "rollouts" / stage / "samples.parquet", rows)
     for row in rows:
         row["length"] = len(row["completion_ids"])
     problems_of = list(group_by_problem(rows).values())
@@ -126,7 +113,7 @@ def write_step(run, stage, step, skill, prompts, group_size):
                 gain = (row["reward"] - scored.mean()) / scored.std()
                 row["advantage/outcome"] = [gain] * len(row["completion_ids"])
         rows += group
-    write_rows(run / "rollouts" / stage / f"step-{step:06d}.parquet", rows)
+    write_rollouts(run / "rollouts" / stage / f"step-{step:06d}.parquet", rows)
 
 
 def policy_line(rng, stage, step, steps):
