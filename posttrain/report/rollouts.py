@@ -47,18 +47,19 @@ class Sample:
     written: int
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A rollout file, or those of `columns` that it has.
+def read_tables(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Table:
+    """Rollout files as one table, with all columns or those of `columns`.
 
     Raises:
-        PosttrainError: the file is not readable parquet.
+        PosttrainError: a file is not readable parquet.
     """
-    try:
-        file = pq.ParquetFile(path)
-        names = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
-        return file.read(columns=names)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise PosttrainError(f"{path} is not a readable rollout file: {error}") from error
+    tables = []
+    for path in paths:
+        try:
+            tables.append(pq.ParquetFile(path).read(columns=columns))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise PosttrainError(f"{path} is not a readable rollout file: {error}") from error
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def count_rollouts(stage: Stage) -> int:
@@ -68,7 +69,8 @@ def count_rollouts(stage: Stage) -> int:
         PosttrainError: a file is not readable parquet.
     """
     total = 0
-    for path in [*stage.rollouts.values(), *([stage.samples] if stage.samples else [])]:
+    steps = [path for paths in stage.rollouts.values() for path in paths]
+    for path in [*steps, *([stage.samples] if stage.samples else [])]:
         try:
             total += pq.read_metadata(path).num_rows
         except (pa.ArrowInvalid, OSError) as error:
@@ -80,7 +82,7 @@ def evaluation_problems(stage: Stage) -> dict[str, Problem]:
     """The problems of an evaluate stage with each sample's outcome; empty where none were written."""
     if stage.samples is None:
         return {}
-    table = read_table(stage.samples, ("example_id", "role", "correct", "completion", "completion_ids"))
+    table = read_tables([stage.samples], ("example_id", "role", "correct", "completion", "completion_ids"))
     lengths = pc.list_value_length(table["completion_ids"])
     return group_by_problem(table.drop_columns("completion_ids").append_column("length", lengths).to_pylist())
 
@@ -114,10 +116,7 @@ def distributions(stage: Stage) -> list[dict[str, Any]]:
     share = min(max(1, len(steps) // 10), WINDOW)
     windows = [steps[:share], steps[-share:]] if len(steps) > 1 else [steps]
     tables = [
-        pa.concat_tables(
-            [read_table(stage.rollouts[s], ("reward", "completion_ids")) for s in window],
-            promote_options="permissive",
-        )
+        read_tables([p for step in window for p in stage.rollouts[step]], ("reward", "completion_ids"))
         for window in windows
     ]
     labels = [_steps_in_words(window) for window in windows]
@@ -169,9 +168,9 @@ def _spread(steps: Sequence[int]) -> list[int]:
     return [steps[i] for i in chosen]
 
 
-def _choose_groups(stage: Stage, step: int, path: Path) -> list[list[dict[str, Any]]]:
+def _choose_groups(stage: Stage, step: int, paths: Sequence[Path]) -> list[list[dict[str, Any]]]:
     """Of one step: a group whose rewards differ, one whose do not, one with unscored or dropped samples."""
-    table = read_table(path)
+    table = read_tables(paths)
     groups: dict[str, list[int]] = {}
     for i, name in enumerate(table["group"].to_pylist()):
         groups.setdefault(name, []).append(i)
@@ -194,7 +193,7 @@ def _choose_groups(stage: Stage, step: int, path: Path) -> list[list[dict[str, A
 
 def _choose_problems(stage: Stage, path: Path) -> list[list[dict[str, Any]]]:
     """Of an evaluate stage: some problems, chosen by their ids alone, with a few samples of each."""
-    table = read_table(path)
+    table = read_tables([path])
     problems: dict[str, list[int]] = {}
     for i, name in enumerate(table["example_id"].to_pylist()):
         problems.setdefault(name, []).append(i)

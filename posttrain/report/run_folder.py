@@ -33,14 +33,14 @@ class Series:
 
 @dataclass
 class Stage:
-    """What is known of one stage. `phases` are seconds by phase; `rollouts` are files by step."""
+    """What is known of one stage: seconds by phase, metrics by name, a rollout file of every rank by step."""
 
     name: str
     kind: str
     seconds: float | None = None
     phases: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, Series] = field(default_factory=dict)
-    rollouts: dict[int, Path] = field(default_factory=dict)
+    rollouts: dict[int, list[Path]] = field(default_factory=dict)
     samples: Path | None = None
 
     @property
@@ -173,11 +173,11 @@ def _stages(path: Path, summary: Mapping[str, Any], lines: list[dict[str, Any]])
     return [stages[name] for name in stages if name in known] + late
 
 
-def _rollout_files(folder: Path) -> dict[int, Path]:
-    files = {}
-    for path in folder.glob("step-*.parquet"):
-        if match := re.fullmatch(r"step-(\d+)", path.stem):
-            files[int(match[1])] = path
+def _rollout_files(folder: Path) -> dict[int, list[Path]]:
+    files: dict[int, list[Path]] = {}
+    for path in sorted(folder.glob("step-*.parquet")):
+        if match := re.fullmatch(r"step-(\d+)(-\d+)?", path.stem):
+            files.setdefault(int(match[1]), []).append(path)
     return dict(sorted(files.items()))
 
 

@@ -274,6 +274,20 @@ def test_long_text_loses_its_middle_and_says_so():
     assert shortened("a" * TEXT_SHOWN) == "a" * TEXT_SHOWN
 
 
+def test_files_of_several_ranks_are_one_step(run_dir):
+    folder = run_dir / "rollouts/03-policy"
+    whole = sample_rollouts(read_run(run_dir))
+    for path in list(folder.iterdir()):
+        rows = pq.read_table(path).to_pylist()
+        path.unlink()
+        for rank in range(2):
+            write_rollouts(path.with_stem(f"{path.stem}-{rank}"), rows[8 * rank : 8 * rank + 8])
+    stage = read_run(run_dir).stage("03-policy")
+    assert {step: len(paths) for step, paths in stage.rollouts.items()} == dict.fromkeys(range(1, 7), 2)
+    assert sample_rollouts(read_run(run_dir)) == whole
+    assert sum(distributions(stage)[0]["shares"][0]) == pytest.approx(1, abs=1e-3)
+
+
 def test_unreadable_rollouts_are_named(run_dir):
     path = run_dir / "rollouts/03-policy/step-000002.parquet"
     path.write_bytes(b"PAR1 cut short")
