@@ -112,7 +112,8 @@ def main() -> None:
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, options.seed)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} of {VOCABULARY} ids used")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{parameters:,} parameters, {len(tokenizer)} of {VOCABULARY} ids used")
     stage = SftStage(
         max_steps=options.steps,
         batch_size=64,

@@ -198,5 +198,7 @@ def load_methods(entries: Sequence[str | Mapping[str, Mapping[str, Any]]]) -> li
         for other in specs:
             if other.kind.name in spec.kind.conflicts:
                 reason = spec.kind.conflicts[other.kind.name]
-                raise RecipeError(f"methods: {spec.kind.name} cannot be combined with {other.kind.name}: {reason}")
+                raise RecipeError(
+                    f"methods: {spec.kind.name} cannot be combined with {other.kind.name}: {reason}"
+                )
     return specs

@@ -8,8 +8,8 @@ import os
 import platform
 import shutil
 import time
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 

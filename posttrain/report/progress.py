@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 HEALTH = (
     ("loss", "loss", "{:.4f}"),
@@ -39,7 +39,7 @@ def health_line(metrics: Mapping[str, Any]) -> str:
 
 
 class Progress:
-    """Shows stages as they run and keeps the lines in `logs/run.log`. Silent on ranks other than the first."""
+    """Shows stages as they run and keeps the lines in `logs/run.log`; only the first rank shows anything."""
 
     def __init__(self, log_dir: Path, *, enabled: bool = True):
         self.enabled = enabled
@@ -114,7 +114,9 @@ def metric_line(metric: str, value: Mapping[str, Any]) -> str:
     scale, unit = (1.0, " tokens") if metric == "mean_length" else (100.0, " %")
     numbers = [scale * float(value[key]) for key in ("value", "low", "high")]
     interval = f"[{numbers[1]:.1f}, {numbers[2]:.1f}]"
-    return f"{metric:<12} {numbers[0]:5.1f}{unit}  {value['confidence']:.0%} interval {interval}, n={value['n']}"
+    return (
+        f"{metric:<12} {numbers[0]:5.1f}{unit}  {value['confidence']:.0%} interval {interval}, n={value['n']}"
+    )
 
 
 def _quiet_libraries() -> None:

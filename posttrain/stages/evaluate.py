@@ -123,7 +123,9 @@ def measure(
     Outcomes are grouped by problem; a sample without a score is left out, never counted as wrong.
     """
     groups = list(sampled.groups().values())
-    correct = [[is_correct(rollout, reward, stage.correct.threshold) for rollout in group] for group in groups]
+    correct = [
+        [is_correct(rollout, reward, stage.correct.threshold) for rollout in group] for group in groups
+    ]
     values: dict[str, Any] = {}
     for metric in stage.metrics:
         kind, _, k = metric.partition("@")

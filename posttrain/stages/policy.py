@@ -25,7 +25,7 @@ from posttrain.training.prompts import PromptOrder
 from posttrain.training.record import rollout_rows, write_rollouts
 
 VERIFY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Mean absolute log-prob difference in nats: rounding alone gives 1e-6 in float32 and about 0.01 in bfloat16."""
+"""Mean absolute log-prob difference in nats; rounding alone gives 1e-6 in float32, about 0.01 in bfloat16."""
 
 
 def run(stage: PolicyStage, context: StageContext) -> StageResult:
@@ -126,7 +126,9 @@ def _write(
     rows = rollout_rows(
         rollouts,
         step=record.step,
-        prompt_text={key: render_prompt(example, tokenizer, prompt_format) for key, example in examples.items()},
+        prompt_text={
+            key: render_prompt(example, tokenizer, prompt_format) for key, example in examples.items()
+        },
         status={rollout.id: dropped.get(rollout.id, "trained") for rollout in rollouts},
         advantages=advantages,
     )

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from posttrain.data.prompts import encode_demonstration, encode_prompt
+from posttrain.data.prompts import encode_demonstration
 from posttrain.data.sources import load_examples
 from posttrain.errors import DataError, RecipeError
 from posttrain.recipe.schema import SftStage
@@ -56,9 +56,8 @@ def finetune(
     """
     rows = [encode_demonstration(example, tokenizer, prompt_format) for example in examples]
     limit = stage.max_length or model.config.max_position_embeddings
-    for example in examples:
-        length = len(encode_prompt(example, tokenizer, prompt_format))
-        length += len(tokenizer(example.columns["completion"])["input_ids"]) + 1
+    for example, row in zip(examples, rows, strict=True):
+        length = _length(row, tokenizer)
         if length > limit:
             raise DataError(f"demonstration {example.id!r} has {length} tokens; max_length is {limit}")
 
@@ -93,6 +92,14 @@ def finetune(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+
+
+def _length(row: dict[str, Any], tokenizer: Any) -> int:
+    """Tokens of a demonstration with its prompt, as TRL will see it."""
+    if isinstance(row["completion"], str):
+        return len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1  # the end of sequence
+    messages = [*row["prompt"], *row["completion"]]
+    return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
 
 
 def run(stage: SftStage, context: StageContext) -> StageResult:

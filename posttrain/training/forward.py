@@ -76,8 +76,8 @@ def check_output_head(model: Any, micro: MicroBatch) -> None:
     difference = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0)
     if difference > HEAD_TOLERANCE:
         raise TrainingError(
-            f"the output head of {type(model).__name__} is not a plain linear layer with the scale and cap of "
-            f"its config: logits differ by {float(difference):.3f} of their size"
+            f"the output head of {type(model).__name__} is not a plain linear layer with the scale and cap "
+            f"of its config: logits differ by {float(difference):.3f} of their size"
         )
 
 

@@ -93,7 +93,9 @@ def rollout_metrics(tally: Tally, collected: Collected, rows: Sequence[TrainRow]
     tally.total("tokens/trained", sum(len(row.positions) for row in rows))
     tally.total(
         "tokens/with_advantage",
-        sum(int(np.any(np.stack([*row.advantages.values()]), axis=0).sum()) for row in rows if row.advantages),
+        sum(
+            int(np.any(np.stack([*row.advantages.values()]), axis=0).sum()) for row in rows if row.advantages
+        ),
     )
     for phase, seconds in collected.seconds.items():
         tally.total(f"seconds/{phase}", seconds)

@@ -87,7 +87,9 @@ class PolicyTrainer(Trainer):
         on_log: Callable[[int, int, dict[str, Any]], None] = lambda step, steps, metrics: None,
     ):
         """`on_rollouts` sees every rollout batch on every rank, `on_log` every line of metrics on rank 0."""
-        super().__init__(model=model, args=arguments, processing_class=tokenizer, callbacks=[_AfterUpdate(self)])
+        super().__init__(
+            model=model, args=arguments, processing_class=tokenizer, callbacks=[_AfterUpdate(self)]
+        )
         self.remove_callback(PrinterCallback)
         if arguments.gradient_accumulation_steps != 1:
             raise TrainingError("gradient_accumulation_steps must be 1: micro_batch_tokens cuts the batch")
@@ -118,7 +120,9 @@ class PolicyTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """One item per optimiser step: its number. Prompts come from the collector."""
-        return DataLoader(range(self.args.max_steps), batch_size=1, collate_fn=lambda steps: {"step": steps[0]})
+        return DataLoader(
+            range(self.args.max_steps), batch_size=1, collate_fn=lambda steps: {"step": steps[0]}
+        )
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Not counted: the inputs of a step are not tensors."""
@@ -190,7 +194,9 @@ class PolicyTrainer(Trainer):
             engine=self.engine,
             tokenizer=self.processing_class,
             model=self.policy,
-            rng=np.random.default_rng(derive_seed(self.seed, step, "method", name, self.accelerator.process_index)),
+            rng=np.random.default_rng(
+                derive_seed(self.seed, step, "method", name, self.accelerator.process_index)
+            ),
             log=lambda key, value: tally.mean(f"{name}/{key}", value),
             score=lambda rollouts: self.collector.score(rollouts, Collected(RolloutBatch([])), step),
         )
@@ -223,7 +229,10 @@ class PolicyTrainer(Trainer):
     ) -> dict[str, Denominators]:
         """Sequences and tokens of every channel and term, over all ranks."""
         counts = []
-        for name, table in [*((c.name, "advantages") for c in channels), *((t.name, "nll_weights") for t in terms)]:
+        for name, table in [
+            *((c.name, "advantages") for c in channels),
+            *((t.name, "nll_weights") for t in terms),
+        ]:
             members = [row for row in rows if name in getattr(row, table)]
             counts.append([len(members), sum(len(row.positions) for row in members)])
         total = self.accelerator.reduce(
@@ -277,7 +286,7 @@ class PolicyTrainer(Trainer):
         return policy_logprobs(model, self.policy, micro, temperature=self.rollout.temperature)
 
     def _update(self, model: Any, batch: UpdateBatch, *, first: bool) -> torch.Tensor:
-        """Forward and backward of every micro-batch. Returns the loss so that its mean over ranks is the loss."""
+        """Forward and backward of every micro-batch. The mean over ranks of what it returns is the loss."""
         accelerator = self.accelerator
         deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         total = torch.zeros((), device=accelerator.device)

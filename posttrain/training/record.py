@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -103,4 +102,4 @@ def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     pq.write_table(pa.table(arrays), beside)
-    os.replace(beside, path)
+    beside.replace(path)

@@ -165,7 +165,6 @@ def test_the_weights_do_not_depend_on_the_micro_batch_size(model_folder, tmp_pat
     assert_same_weights(results[0], results[2])
 
 
-
 class Reverse(Method):
     name = "reverse"
 
@@ -213,7 +212,11 @@ def test_several_updates_per_batch_sample_once_and_clip(model_folder, tmp_path):
     stage = make_stage(updates_per_batch=3, loss=LossConfig(clip_low=0.05))
     stage = stage.model_copy(update={"optimizer": OptimizerConfig(learning_rate=3e-3)})
     trainer = make_trainer(
-        model_folder, tmp_path, stage=stage, scorer=scorer, on_log=lambda step, steps, metrics: log.append(metrics)
+        model_folder,
+        tmp_path,
+        stage=stage,
+        scorer=scorer,
+        on_log=lambda step, steps, metrics: log.append(metrics),
     )
     trainer.train()
     assert len(log) == 9
@@ -281,7 +284,10 @@ def test_unscored_rollouts_are_drawn_again_with_other_seeds(model_folder, tmp_pa
 def test_rollouts_that_stay_unscored_are_dropped_and_never_trained(model_folder, tmp_path):
     records = []
     trainer = make_trainer(
-        model_folder, tmp_path, scorer=EvenTokens(lambda rollout: rollout.index == 1), on_rollouts=records.append
+        model_folder,
+        tmp_path,
+        scorer=EvenTokens(lambda rollout: rollout.index == 1),
+        on_rollouts=records.append,
     )
     trainer.train()
     for record in records:
@@ -295,7 +301,9 @@ def test_on_error_fail_names_reward_and_example(model_folder, tmp_path):
     trainer = make_trainer(
         model_folder, tmp_path, scorer=EvenTokens(lambda rollout: rollout.index == 1), on_error="fail"
     )
-    with pytest.raises(RewardError, match=r"reward 'even' failed on 3 of 12 .* example '\d\+\d=': exception: boom"):
+    with pytest.raises(
+        RewardError, match=r"reward 'even' failed on 3 of 12 .* example '\d\+\d=': exception: boom"
+    ):
         trainer.train()
 
 

@@ -1,0 +1,126 @@
+"""Whole recipes, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from helpers import make_tiny_model
+
+RECIPE = """
+name: small
+output_dir: {out}
+model: {{path: {model}}}
+data:
+  train: {{task: arithmetic, size: 40, split: train, args: {{max_terms: 3, min_terms: 3}}}}
+  eval: {{task: arithmetic, size: 12, split: test, args: {{max_terms: 3, min_terms: 3}}}}
+rollout: {{engine: {engine}, max_tokens: 8, max_model_len: 96, kv_cache_gib: 0.25}}
+rewards:
+  - math_answer
+  - {{name: "{out}/digits.py:digits", weight: 0.5}}
+stages:
+  - sft: {{max_steps: 2, batch_size: 8, log_every: 1, optimizer: {{learning_rate: 1e-3}}}}
+  - evaluate: {{name: before, samples: 2, metrics: [pass@1, pass@2, maj@2, greedy, mean_length]}}
+  - policy: {{steps: 2, prompts_per_step: 3, group_size: 4, optimizer: {{learning_rate: 1e-3}}}}
+  - evaluate: {{name: after, samples: 2, metrics: [pass@1, pass@2, maj@2, greedy, mean_length]}}
+"""
+REWARD = '''
+def digits(completions, **columns):
+    """TRL's signature: the share of digits."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [sum(x.isdigit() for x in text) / max(len(text), 1) for text in texts]
+'''
+
+
+def posttrain(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "posttrain", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def write_recipe(folder: Path, model: Path, engine: str = "transformers") -> Path:
+    (folder / "digits.py").write_text(REWARD)
+    recipe = folder / "small.yaml"
+    recipe.write_text(RECIPE.format(out=folder, model=model, engine=engine))
+    return recipe
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_recipe_runs_through_all_stages(tmp_path, model, engine, lora):
+    recipe = write_recipe(tmp_path, model, engine)
+    options = ["model.lora={r: 4}", "stages.policy.loss.kl=0.01"] if lora else []
+    done = posttrain("train", recipe, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "small"
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["accuracy_before"]["n"] == summary["accuracy_after"]["n"] == 12
+    assert summary["seconds"] > 0
+    assert summary["tokens_sampled"] > summary["tokens_trained"] > 0
+    assert {*summary["stages"][2]["phases"]} == {"generate", "score", "update", "sync"}
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "policy"]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(line["sampling/logprob_difference"] < 1e-4 for line in steps)
+    assert all(0 <= line["rewards/math_answer/mean"] <= 1 for line in steps)
+
+    rollouts = pq.read_table(run / "rollouts" / "03-policy" / "step-000001.parquet").to_pylist()
+    assert len(rollouts) == 12
+    for row in rollouts:
+        assert row["status"] == "trained"
+        assert len(row["completion_ids"]) == len(row["logprobs"]) == len(row["advantage/outcome"])
+    samples = pq.read_table(run / "rollouts" / "04-after" / "samples.parquet").to_pylist()
+    assert len(samples) == 12 * 3
+    assert {row["correct"] for row in samples} <= {True, False}
+
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert (run / "models" / "03-policy" / weights).is_file()
+    assert (run / "recipe.yaml").is_file()
+    assert "<html" in (run / "report.html").read_text()
+    assert "Report:" in done.stdout
+
+
+def test_a_run_is_repeatable_and_a_seed_changes_it(tmp_path, model):
+    recipe = write_recipe(tmp_path, model)
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        done = posttrain("train", recipe, f"name={name}", f"seed={seed}")
+        assert done.returncode == 0, done.stderr
+    weights = [
+        (tmp_path / name / "models" / "03-policy" / "model.safetensors").read_bytes()
+        for name in ("one", "two", "three")
+    ]
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+def test_an_existing_run_is_not_touched_without_being_told_to(tmp_path, model):
+    recipe = write_recipe(tmp_path, model)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "precious.txt").write_text("mine")
+    refused = posttrain("train", recipe)
+    assert refused.returncode == 2
+    assert "exists already" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    not_a_run = posttrain("train", recipe, "--overwrite")
+    assert not_a_run.returncode == 2
+    assert "not the folder of a run" in not_a_run.stderr
+    assert (tmp_path / "small" / "precious.txt").read_text() == "mine"
+
+
+def test_prompts_that_do_not_fit_are_refused_or_left_out(tmp_path, model):
+    recipe = write_recipe(tmp_path, model)
+    options = ["rollout.max_model_len=20", "stages=[{policy: {steps: 1, prompts_per_step: 2}}]"]
+    refused = posttrain("train", recipe, *options)
+    assert refused.returncode == 1
+    assert "prompts are too long" in refused.stderr
+    assert "Traceback" not in refused.stderr
