@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # pydantic would look through every installed package for plugins: a tenth of a second for nothing.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
     except PosttrainError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -50,8 +50,9 @@ def launch_command(
     if launch.config_file is not None:
         command += ["--config_file", launch.config_file]
     else:
-        # Without it accelerate starts a single process on a machine that has no GPU.
-        command += ["--multi_gpu"]
+        # Without --multi_gpu accelerate starts a single process on a machine that has no GPU, and without
+        # the others it warns that it chose these very values.
+        command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     if launch.num_processes > 1:
         command += ["--num_processes", str(launch.num_processes)]
     return [*command, "-m", "posttrain", *argv]

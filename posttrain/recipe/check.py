@@ -35,7 +35,8 @@ def require_runnable(loaded: LoadedRecipe, kinds: Collection[str] = STAGE_KINDS)
     Raises:
         RecipeError: with every problem found, one a line, in the order of the recipe.
     """
-    problems = [Problem(loaded.origin(key), key, text) for key, text in find_problems(loaded.recipe, kinds)]
+    found = dict.fromkeys(find_problems(loaded.recipe, kinds))
+    problems = [Problem(loaded.origin(key), key, text) for key, text in found]
     if problems:
         problems.sort(key=lambda p: (p.origin.file is None, p.origin.file, p.origin.line, p.origin.column))
         raise RecipeError("\n".join(map(str, problems)))

@@ -13,6 +13,18 @@ from posttrain.recipe.spelling import nearest
 
 Path = tuple[str | int, ...]
 
+ELSEWHERE = {
+    "lr": "learning_rate",
+    "beta": "kl",
+    "epsilon": "clip_low",
+    "loss_type": "kind",
+    "num_generations": "group_size",
+    "num_iterations": "updates_per_batch",
+    "max_completion_length": "max_tokens",
+    "max_new_tokens": "max_tokens",
+}
+"""Names that other trainers have for our fields."""
+
 
 def fields_of(model: type[BaseModel]) -> dict[str, Any]:
     """Annotation of each field, by the name it has in a recipe."""
@@ -52,17 +64,19 @@ def explain_unknown(path: Path) -> str:
     In this order: the same name deeper in the section, a similar name in the section, a similar name
     deeper, the same name elsewhere in the recipe, and else the names that are valid here.
     """
-    name = str(path[-1])
     section = section_of(annotation_at(path[:-1]))
     if section is None:
         return "unknown field."
     here = list(fields_of(section))
+    name = ELSEWHERE.get(str(path[-1]), str(path[-1]))
+    if name in here:
+        return f"unknown field. Did you mean {name}?"
     deeper = {names[-1]: ".".join(names) for names in reversed(list(_nested(section)))}
     if name in deeper:
         return f"unknown field. It belongs at {_join(path[:-1], deeper[name])}."
     if similar := nearest(name, here):
         return f"unknown field. Did you mean {similar}?"
-    if similar := nearest(name, list(deeper)):
+    if similar := nearest(name, list(deeper), cutoff=0.8):
         return f"unknown field. Did you mean {deeper[similar]}?"
     anywhere = {names[-1]: ".".join(names) for names in reversed(list(_nested(Recipe)))}
     anywhere.update({field: field for field in fields_of(Recipe)})

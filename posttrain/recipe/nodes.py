@@ -94,7 +94,8 @@ class Problem:
     def __str__(self) -> str:
         if self.key:
             return f"{self.origin}  {self.key}: {self.text}"
-        return f"{self.origin}  {self.text}" if self.origin.line else f"{self.origin}: {self.text}"
+        whole_file = self.origin.file is not None and not self.origin.line
+        return f"{self.origin}: {self.text}" if whole_file else f"{self.origin}  {self.text}"
 
 
 class Unreadable(Exception):
@@ -279,7 +280,15 @@ def is_plain_text(text: str) -> bool:
 
 def _sentence(error: yaml.MarkedYAMLError) -> str:
     # The parser's own snippet of the line is left out: it could show a secret.
-    problem = error.problem or error.context or "cannot be parsed"
-    if "'\\t'" in problem or "tab character" in problem or "cannot start any token" in problem:
-        return f"{problem} (indent with spaces, not tabs; quote text that begins with a special character)."
-    return f"{problem}."
+    problem, start, end = error.problem or "cannot be parsed", error.context_mark, error.problem_mark
+    hint = next((hint for part, hint in _HINTS.items() if part in problem), None)
+    text = f"{problem} ({hint})" if hint else problem
+    if error.context and start and end and start.line != end.line:
+        text += f", {error.context} that begins in line {start.line + 1}"
+    return f"{text}."
+
+
+_HINTS = {
+    "cannot start any token": "indent with spaces, not tabs; quote text that begins with a special character",
+    "mapping values are not allowed": "quote text that contains ': ', and check the indentation",
+}

@@ -201,6 +201,11 @@ class OptimizerConfig(Section):
     max_grad_norm: float = Field(default=1.0, ge=0.0)
     """Gradients are clipped to this norm; 0 does not clip."""
 
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, betas: Any) -> Any:
+        return tuple(betas) if isinstance(betas, list) else betas  # YAML has no tuples
+
 
 class ImportanceConfig(Section):
     """Correction for the difference between the engine's and the trainer's log-probs."""

@@ -1,0 +1,5 @@
+"""Methods of the broken recipes."""
+
+
+class Mine:
+    pass

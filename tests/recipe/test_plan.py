@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from posttrain.errors import RecipeError
+from posttrain.recipe.check import require_runnable
+from posttrain.recipe.estimate import count_rows, trainable_parameters
+from posttrain.recipe.load import load_recipe
+from posttrain.recipe.model_info import read_model_info
+from posttrain.recipe.plan import Plan, format_plan, make_plan, plan_to_dict
+from posttrain.recipe.schema import DataSource, LoraConfig
+
+RECIPE = """\
+name: try
+model: {path: model}
+data:
+  train: {task: arithmetic, size: 1000}
+  eval: {task: arithmetic, size: 100, split: test}
+rollout: {max_tokens: 64}
+rewards: [exact_match]
+stages:
+  - sft: {epochs: 2, batch_size: 30, max_length: 100}
+  - policy: {steps: 10, prompts_per_step: 8, group_size: 4, loss: {kl: 0.1}}
+  - evaluate: {samples: 4, metrics: [pass@4, greedy], max_tokens: 32}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Callable[..., Path]) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_folder()
+    Path("try.yaml").write_text(RECIPE)
+
+
+def plan(*overrides: str) -> Plan:
+    return make_plan(load_recipe("try.yaml", overrides))
+
+
+def test_steps_rollouts_and_tokens() -> None:
+    sft, policy, evaluate = plan().sizes
+    assert (sft.rows, sft.steps, sft.sampled_tokens) == (1000, 67, None)
+    assert (policy.steps, policy.rollouts, policy.sampled_tokens) == (10, 320, 320 * 64)
+    assert (evaluate.rows, evaluate.rollouts, evaluate.sampled_tokens) == (100, 500, 500 * 32)
+
+
+def test_an_upper_bound_counts_replaced_prompts_and_an_explicit_number_of_steps() -> None:
+    sft, policy, _ = plan("stages.policy.dynamic_sampling=2", "stages.sft.max_steps=5").sizes
+    assert sft.steps == 5
+    assert policy.sampled_tokens == 3 * 320 * 64
+
+
+def test_memory_of_full_fine_tuning() -> None:
+    parameters = read_model_info(Path("model")).parameters
+    assert parameters is not None
+    weights = 2 * parameters  # bfloat16
+    [sft], [sample, update], [evaluate] = plan().memory
+    assert (sft.parts["weights"], sft.parts["gradients"], sft.parts["optimizer"]) == (
+        weights,
+        weights,
+        2 * weights,
+    )
+    assert sample.parts["reference"] == update.parts["reference"] == weights
+    # 32 sequences of at most 2 × 64 tokens: 4 layers, keys and values of width 64, 2 bytes
+    assert sample.parts["KV cache"] == 32 * 128 * 4 * 2 * 64 * 2
+    assert "optimizer" not in evaluate.parts
+    assert update.total == sum(update.parts.values())
+
+
+def test_memory_of_adapters() -> None:
+    _, [_, update], _ = plan("model.lora={r: 4}").memory
+    shapes = [(128, 128), (128, 64), (128, 64), (128, 128), (128, 512), (128, 512), (512, 128)]
+    adapters = 4 * sum(4 * (inputs + outputs) for inputs, outputs in shapes)
+    assert update.parts["adapters"] == update.parts["gradients"] == 4 * adapters  # float32
+    assert "reference" not in update.parts  # the base weights are the reference
+    lora = LoraConfig(r=4, target_modules=["k_proj"])
+    assert trainable_parameters(read_model_info(Path("model")), lora) == 4 * 4 * (128 + 64)
+
+
+def test_checkpoints_take_disk() -> None:
+    without, with_two = plan().disk, plan("stages.policy.save_steps=5").disk
+    parameters = read_model_info(Path("model")).parameters
+    assert without is not None
+    assert with_two is not None
+    assert parameters is not None
+    assert with_two - without == 2 * 3 * 2 * parameters
+
+
+def test_rows_are_counted_where_that_is_cheap() -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n{"prompt": "c"}\n')
+    assert count_rows(DataSource(jsonl="rows.jsonl")) == 3
+    assert count_rows(DataSource(jsonl="rows.jsonl", limit=2)) == 2
+    assert count_rows(DataSource(hub="x/y")) is None
+    assert count_rows(DataSource(hub="x/y", limit=7)) == 7
+
+
+def test_the_text_ends_with_what_will_run() -> None:
+    text = format_plan(plan("launch.num_processes=2"))
+    assert text.splitlines()[-1] == (
+        "This will fine-tune on demonstrations, then train 10 steps with dapo, then evaluate pass@4, greedy "
+        "in 2 processes, and write to runs/try."
+    )
+    assert "10 steps × 8 prompts × 4 completions = 320 rollouts, at most 20.5k sampled tokens" in text
+
+
+def test_defaults_are_shown_on_demand() -> None:
+    made = plan()
+    assert "clip_low" not in format_plan(made)
+    assert ["stages[1].policy.loss.clip_low", "0.2", "default"] in [
+        line.split() for line in format_plan(made, all_values=True).splitlines()
+    ]
+
+
+def test_json_has_every_value_with_its_source() -> None:
+    made = json.loads(json.dumps(plan_to_dict(plan("seed=7"))))
+    values = {entry["key"]: (entry["value"], entry["source"]) for entry in made["values"]}
+    assert values["seed"] == (7, "command line")
+    assert values["rollout.max_tokens"] == (64, "try.yaml:6:23")
+    assert values["rollout.temperature"] == (1.0, "default")
+    assert made["stages"][1]["rollouts"] == 320
+    assert {phase["phase"] for phase in made["stages"][1]["memory"]} == {"sample", "update"}
+
+
+def test_a_hub_model_is_noted_and_has_no_estimates() -> None:
+    made = plan("model.path=Qwen/Qwen3-0.6B")
+    assert made.memory == []
+    assert made.disk is None
+    assert any("Qwen/Qwen3-0.6B is not on this machine" in note for note in made.notes)
+    assert "not on this machine" in format_plan(made)
+
+
+def test_a_run_of_the_same_name_is_noted() -> None:
+    Path("runs/try").mkdir(parents=True)
+    assert any("runs/try exists" in note for note in plan().notes)
+
+
+def test_missing_vllm_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
+    with pytest.raises(RecipeError, match=r"command line  rollout.engine: vllm is not installed"):
+        plan("rollout.engine=vllm")
+
+
+def test_vllm_keeps_a_second_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "vllm" else find(name))
+    _, [sample, update], _ = plan("rollout.engine=vllm", "rollout.kv_cache_gib=2").memory
+    for phase in (sample, update):
+        assert phase.parts["engine weights"] == phase.parts["weights"]
+        assert phase.parts["KV cache"] == 2 * 2**30
+
+
+def test_only_what_the_wanted_stages_need_is_checked() -> None:
+    loaded = load_recipe("try.yaml", ["data.train={jsonl: nowhere.jsonl}"])
+    require_runnable(loaded, kinds=["evaluate"])
+    with pytest.raises(RecipeError, match=r"there is no file nowhere.jsonl"):
+        require_runnable(loaded)

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import get_args
+
+import posttrain.recipe.schema as schema
+from posttrain.data.tasks import TASKS
+from posttrain.recipe.fields import section_of
+
+
+def test_tasks_of_the_schema_are_those_there_are() -> None:
+    assert set(get_args(schema.TaskName)) == set(TASKS)
+
+
+def test_every_option_is_documented() -> None:
+    tree = ast.parse(Path(schema.__file__).read_text())
+    undocumented = []
+    for section in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        fields = getattr(schema, section.name).model_fields
+        for node, after in zip(section.body, [*section.body[1:], None], strict=True):
+            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+                continue
+            has_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            is_section = section_of(fields[node.target.id].annotation) is not None
+            if not has_text and not is_section:
+                undocumented.append(f"{section.name}.{node.target.id}")
+    assert undocumented == []
