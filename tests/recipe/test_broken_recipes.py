@@ -87,9 +87,7 @@ def test_a_problem_a_line_with_its_place() -> None:
             assert text.endswith((".", "?")), line
 
 
-def test_every_misspelt_key_is_found_where_it_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_misspelt_key_is_found_where_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     source = {"jsonl": "rows.jsonl", "shuffle": False, "columns": {"completion": "solution"}}
     stages = [{"sft": {"data": source}}, {"policy": {"steps": 1, "prompts_per_step": 2}}, {"evaluate": {}}]
