@@ -66,7 +66,8 @@ class MathAnswer:
         delimited already is put into a \boxed.
         """
         text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)  # it would read 1e3 as 1, or with Euler's e
-        plain = parse_number(text) is not None or _TEXT.search(text) is not None
+        number = "\\" not in text and parse_number(text) is not None
+        plain = number or _TEXT.search(text) is not None
         forms = [text, f"\\boxed{{{text}}}"]
         for form in forms if plain else reversed(forms):
             expressions = self._library.parse(form, parsing_timeout=None)
@@ -212,9 +213,13 @@ MERGE_KEYS: dict[str, Callable[[Completion, Example], Hashable]] = {"math_answer
 """Built-ins whose value depends on this key alone: samples with equal keys share one call."""
 
 
+HEAVY = ("math_answer", "reasoning_gym")
+"""Built-ins that import much and have no arguments."""
+
+
 def runs_in_process(name: str, args: Mapping[str, Any]) -> bool:
     """Whether a built-in takes linear time whatever the completion, so that it needs no killable process."""
-    return name in ("exact_match", "numeric_match", "length_penalty") or (name == "format" and "tags" in args)
+    return name not in HEAVY and "pattern" not in args
 
 
 # --- reading answers --------------------------------------------------------------------------------------

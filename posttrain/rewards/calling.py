@@ -191,8 +191,10 @@ def _discard(*args: Any, **kwargs: Any) -> None:
 def _style_of(function: Callable[..., Any], declared: RewardInfo | None) -> Style | None:
     """Calling convention by parameter names; None: this is not a reward function (but may return one)."""
     names = inspect.signature(function).parameters
-    if "completions" in names:
-        return "batch" if "examples" in names else "trl"
+    if "examples" in names and "completions" in names:
+        return "batch"
+    if not names.keys().isdisjoint(("prompts", "completions", "completion_ids")):
+        return "trl"
     if declared is not None:
         return "batch" if declared.batched else "completion"
     return "completion" if "completion" in names else None
@@ -213,6 +215,8 @@ def load_reward(source: RewardSource) -> BoundReward:
     """
     try:
         target, declared = _find(source)
+        if not callable(target):
+            raise RecipeError(f"reward {source.name!r} is a {type(target).__name__}, not a function or class")
         function, args = target, source.args
         if inspect.isclass(target) or _style_of(target, declared) is None:
             _check_args(source, target, (), args)

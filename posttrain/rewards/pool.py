@@ -21,11 +21,12 @@ from pathlib import Path
 from posttrain.errors import PosttrainError, RewardError
 from posttrain.rewards.calling import Outcome, timeout_outcome
 from posttrain.rewards.registry import RewardInfo, RewardSource
-from posttrain.rewards.worker import FLUSH_SECONDS, LOAD_SECONDS, PROGRESS_BYTES, Job, Ready, Reply
+from posttrain.rewards.worker import FLUSH_SECONDS, LOAD_SECONDS, NO_SOCKET, PROGRESS_BYTES, Job, Ready, Reply
 
 ASYNC_GRACE = 0.5
 """Async rewards time themselves out; the process is killed only if they block and do not get to it."""
 
+EXIT_SECONDS = 0.5
 STALL_SECONDS = 30
 """Time for which a message may be stuck half-way: a stray thread in a worker must not stop the trainer."""
 
@@ -106,6 +107,13 @@ class _Worker:
         grace = ASYNC_GRACE if self.concurrent(job) else FLUSH_SECONDS
         self.deadline = time.monotonic() + self.budget(job) + grace
 
+    def died_running(self) -> bool:
+        """Whether the process died of the unit that was running; it may have lost its socket before."""
+        try:
+            return self.process.wait(EXIT_SECONDS) != NO_SOCKET
+        except subprocess.TimeoutExpired:
+            return False
+
     def kill(self) -> int:
         """End the process and its group; returns the exit code, that of its own end if it had one."""
         with contextlib.suppress(ProcessLookupError):
@@ -117,8 +125,9 @@ class _Worker:
 class WorkerPool:
     """Runs jobs on a fixed number of processes; one that hangs or dies is killed and replaced.
 
-    Only the unit that was running then is an error, the others of its job go on in another process. Async
-    units run at once: there the culprit is found by running those that were left one by one.
+    Only the unit that was running then is an error, the others of its job go on in another process. Where it
+    is not known which one that was, because async units run at once or because the process has lost its
+    socket and went on, those that are left run one by one.
     """
 
     def __init__(self, sources: Sequence[RewardSource], size: int):
@@ -207,12 +216,13 @@ class WorkerPool:
     def _fail(self, worker: _Worker, deliver: Deliver, late: bool) -> None:
         """Replace a worker that hangs or has died, and settle its job."""
         job, pending = worker.job, worker.pending
+        known = late or worker.died_running()
         code = self._replace(worker)
         if job is None:  # it was loading
             names = ", ".join(source.name for source in self._sources)
             cause = f"took longer than {LOAD_SECONDS:g} s" if late else f"ended the process ({_reason(code)})"
             raise RewardError(f"loading the rewards {names} {cause}")
-        if worker.concurrent(job) and len(pending) > 1:
+        if len(pending) > 1 and (worker.concurrent(job) or not known):
             self._queue.extendleft(job.part([unit]) for unit in pending)
             return
         if late:

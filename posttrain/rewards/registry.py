@@ -150,14 +150,15 @@ def known_rewards() -> dict[str, RewardInfo]:
 
 
 def locate(spec: RewardSpec) -> RewardSource:
-    """Find the code of a recipe's reward without running it.
+    """Find the code of a recipe's reward without running user code or importing anything heavy.
 
     `spec.name` is looked up in the file or module `spec.from_` if that is given; otherwise it is
     `package.module:attribute`, `path/to/file.py:attribute` (from the working directory), a registered
     name, or a name of the entry-point group `posttrain.rewards`.
 
     Raises:
-        RecipeError: no such reward, file, module, or name in the file; the message names the nearest.
+        RecipeError: no such reward, file, module, or name in the file (the message names the nearest), or a
+            built-in that refuses its arguments.
     """
     bound: dict[str, Any] = {"args": dict(spec.args), "timeout": spec.timeout}
     if spec.from_ is not None or ":" in spec.name:
@@ -171,7 +172,9 @@ def locate(spec: RewardSpec) -> RewardSource:
         return RewardSource(spec.name, module=place, attribute=attribute, **bound)
     entry = registered(spec.name)
     if entry is not None:
-        return _source_of(entry, bound)
+        source = _source_of(entry, bound)
+        _check_builtin(source)
+        return source
     point = _entry_points().get(spec.name)
     if point is not None:
         return RewardSource(spec.name, module=point.module, attribute=point.attr or spec.name, **bound)
@@ -190,6 +193,14 @@ def nearest(name: str, names: Sequence[str]) -> str:
     """`. Did you mean 'x'?` as an insertion, or nothing."""
     close = difflib.get_close_matches(name, names, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _check_builtin(source: RewardSource) -> None:
+    from posttrain.rewards.builtin import HEAVY
+    from posttrain.rewards.calling import load_reward
+
+    if is_builtin(source) and (source.args or source.name not in HEAVY):
+        load_reward(source)
 
 
 def _source_of(entry: Registered, bound: dict[str, Any]) -> RewardSource:

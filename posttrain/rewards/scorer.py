@@ -13,7 +13,7 @@ from posttrain.errors import RecipeError
 from posttrain.rewards.builtin import MERGE_KEYS, runs_in_process
 from posttrain.rewards.calling import Outcome, Sample, load_reward
 from posttrain.rewards.pool import WorkerPool
-from posttrain.rewards.registry import RewardInfo, RewardSource, is_builtin, locate
+from posttrain.rewards.registry import RewardInfo, is_builtin, locate
 from posttrain.rewards.worker import Job
 from posttrain.rollout.types import Rollout
 
@@ -64,22 +64,6 @@ class ScoreReport:
         return [line for stats in self.rewards.values() for line in stats.error_lines]
 
 
-def check_rewards(specs: Sequence[RewardSpec]) -> list[RewardSource]:
-    """Find the rewards of a recipe without running user code, importing anything heavy or starting processes.
-
-    Raises:
-        RecipeError: an unknown or repeated reward, or a built-in that refuses its arguments.
-    """
-    repeated = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
-    if repeated:
-        raise RecipeError(f"reward {repeated[0]!r} is listed twice")
-    sources = [locate(spec) for spec in specs]
-    for source in sources:
-        if is_builtin(source) and source.args:
-            load_reward(source)
-    return sources
-
-
 class Scorer:
     """The rewards of a recipe, ready to score.
 
@@ -96,7 +80,10 @@ class Scorer:
             RewardError: a reward's code cannot be loaded.
         """
         names = [spec.name for spec in specs]
-        sources = check_rewards(specs)
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise RecipeError(f"reward {repeated[0]!r} is listed twice")
+        sources = [locate(spec) for spec in specs]
         self._weights = {spec.name: spec.weight for spec in specs}
         builtin = {source.name for source in sources if is_builtin(source)}
         local = [s for s in sources if s.name in builtin and runs_in_process(s.name, s.args)]

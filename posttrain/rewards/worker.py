@@ -31,6 +31,8 @@ LOAD_SECONDS = 300.0
 PROGRESS_BYTES = 4
 FLUSH_SECONDS = 0.005
 """Results of fast rewards travel together for so long."""
+NO_SOCKET = 75
+"""Exit code when the socket is closed: by the parent, or by a reward some time ago."""
 ORPHAN_GRACE = 3.0
 """Seconds after its time-out at which a unit ends the process by itself, if no parent did so before."""
 
@@ -97,8 +99,8 @@ def main(socket: int, memory: int) -> None:
                 else:
                     _run(reward, job, connection, progress)
                 faulthandler.cancel_dump_traceback_later()
-    except (EOFError, ConnectionError):
-        pass
+    except (EOFError, OSError):
+        os._exit(NO_SOCKET)
     except Exception as error:
         connection.send(RewardError(f"a reward worker failed: {describe(error)}"))
     os._exit(0)  # whatever threads a reward has started must not keep the process alive

@@ -1,0 +1,252 @@
+import subprocess
+import sys
+
+import pytest
+from rewards.scoring import FAULTY, make_rollouts, make_scorer
+
+from posttrain.errors import RecipeError, RewardError
+from posttrain.recipe.schema import RewardSpec
+from posttrain.rewards.registry import RewardInfo, known_rewards, locate, reward
+
+
+def spec(name, **options):
+    return RewardSpec.model_validate({"name": name, **options})
+
+
+def test_known_rewards():
+    known = known_rewards()
+    assert list(known) == [
+        "exact_match",
+        "format",
+        "length_penalty",
+        "math_answer",
+        "numeric_match",
+        "reasoning_gym",
+    ]
+    assert known["length_penalty"].range == (-1.0, 0.0)
+    for info in known.values():
+        assert info.doc
+        assert info.range
+        assert info.version != "0"
+        assert info.origin.startswith("posttrain.rewards.builtin:")
+
+
+def test_listing_and_locating_import_nothing_heavy():
+    code = f"""
+import sys
+from posttrain.recipe.schema import RewardSpec
+from posttrain.rewards.registry import known_rewards, locate
+known_rewards()
+for name in ("math_answer", "reasoning_gym", "exact_match", "trl.rewards:x", {FAULTY + ":act"!r}):
+    locate(RewardSpec(name=name))
+locate(RewardSpec(name="format", args={{"tags": ["think"]}}))
+heavy = {{"torch", "transformers", "trl", "math_verify", "reasoning_gym", "sympy", "numpy", "dill"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_declaration_is_kept():
+    @reward("mine", version="3", range=(-1, 1), deterministic=False, timeout=2.0, batched=True)
+    def function(completions, examples):
+        """First line.
+
+        Second.
+        """
+
+    info = known_rewards()["mine"]
+    origin = f"{__name__}:test_a_declaration_is_kept.<locals>.function"
+    assert info == RewardInfo("mine", "3", origin, "First line.", False, (-1, 1), 2.0, True)
+
+
+def test_a_name_belongs_to_one_code():
+    def define():
+        @reward("mine")
+        def function(completion, example): ...
+
+    define()
+    define()  # the same code again, as in a notebook
+    with pytest.raises(RewardError, match=r"'mine' .* already registered by .*define"):
+
+        @reward("mine")
+        def other(completion, example): ...
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "math_answr"}, r"'math_answr' \(did you mean 'math_answer'\?\); registered: exact_match"),
+        ({"name": "zzz"}, r"no reward named 'zzz'; registered: "),
+        ({"name": "nowhere:f"}, "there is no module 'nowhere'"),
+        ({"name": ":f"}, "there is no module ''"),
+        ({"name": "f", "from": "nowhere.sub"}, "there is no module 'nowhere.sub'"),
+        ({"name": "nowhere.py:f"}, "there is no file 'nowhere.py'"),
+        ({"name": "f", "from": "nowhere.py"}, "there is no file 'nowhere.py'"),
+        ({"name": f"{FAULTY}:acct"}, r"neither registers nor defines 'acct' \(did you mean 'act'\?\)"),
+        ({"name": "format"}, "needs either tags"),
+        ({"name": "format", "args": {"tag": ["think"]}}, "unexpected keyword argument 'tag'"),
+        ({"name": "format", "args": {"pattern": "("}}, "not a regular expression"),
+        ({"name": "length_penalty", "args": {"max_tokens": 5}}, "missing a required argument: 'buffer'"),
+        ({"name": "exact_match", "args": {"case": True}}, "unexpected keyword argument 'case'"),
+        ({"name": "math_answer", "args": {"x": 1}}, "does not take its args"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_anything_runs(options, message):
+    with pytest.raises(RecipeError, match=message):
+        locate(RewardSpec.model_validate(options))
+
+
+def test_a_file_with_a_syntax_error(tmp_path):
+    (tmp_path / "bad.py").write_text("def f(:")
+    with pytest.raises(RecipeError, match=r"bad\.py is not valid Python"):
+        locate(spec(f"{tmp_path}/bad.py:f"))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f(completion, example): ...",
+        "try:\n    from fast import f\nexcept ImportError:\n    f = None",
+        "from elsewhere import *",
+        "from posttrain import reward as declare\n@declare(name='f')\nclass Reward: ...",
+        "if True:\n    import f",
+    ],
+)
+def test_a_file_is_not_refused_for_how_it_defines_a_name(tmp_path, code):
+    (tmp_path / "rewards.py").write_text(code)
+    assert locate(spec("f", **{"from": f"{tmp_path}/rewards.py"})).attribute == "f"
+
+
+# --- every way to name a reward, through the worker processes
+
+
+def score(*specs):
+    rollouts = make_rollouts(["a", "bb"])
+    with make_scorer(*specs, workers=1) as scorer:
+        report = scorer.score(rollouts)
+    assert not report.error_lines
+    return [list(rollout.rewards.values()) for rollout in rollouts]
+
+
+LENGTH = """
+from posttrain import reward
+
+@reward("length", version="5")
+def length_of(completion, example):
+    return len(completion.text)
+
+def twice(completion, example, times=2):
+    return times * len(completion.text)
+"""
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_own_rewards.py").write_text(LENGTH)
+
+
+@pytest.mark.usefixtures("in_folder")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "my_own_rewards.py:length_of"},
+        {"name": "my_own_rewards.py:length"},
+        {"name": "my_own_rewards:length_of"},
+        {"name": "length", "from": "my_own_rewards.py"},
+        {"name": "length_of", "from": "my_own_rewards"},
+        {"name": "my_own_rewards:twice", "args": {"times": 1}},
+    ],
+)
+def test_from_files_and_modules(options):
+    assert score(options) == [[1.0], [2.0]]
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_several_rewards_of_one_file():
+    named = [{"name": "length", "from": "my_own_rewards.py"}, "my_own_rewards.py:twice", "exact_match"]
+    assert score(*named) == [[1.0, 2.0, 0.0], [2.0, 4.0, 0.0]]
+
+
+def test_from_an_entry_point(tmp_path, monkeypatch):
+    (tmp_path / "some_package.py").write_text(LENGTH)
+    metadata = tmp_path / "some_package-1.5.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: some-package\nVersion: 1.5\n")
+    (metadata / "entry_points.txt").write_text(
+        "[posttrain.rewards]\ntwofold = some_package:twice\nlength = some_package\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert known_rewards()["twofold"] == RewardInfo("twofold", "1.5", "some_package:twice")
+    assert score("twofold", "length") == [[2.0, 1.0], [4.0, 2.0]]
+
+
+def test_registered_in_an_importable_module(tmp_path, monkeypatch):
+    (tmp_path / "imported_rewards.py").write_text(LENGTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("imported_rewards")
+    assert locate(spec("length")).module == "imported_rewards"
+    assert score("length") == [[1.0], [2.0]]
+
+
+def test_registered_closures_and_lambdas_are_sent_to_the_workers():
+    offset = 10
+
+    @reward("closure", version="2")
+    def closure(completion, example, *, scale=1):
+        return offset + scale * len(completion.text)
+
+    reward("nameless")(lambda completion, example: -len(completion.text))
+    assert score({"name": "closure", "args": {"scale": 3}}, "nameless") == [[13.0, -1.0], [16.0, -2.0]]
+
+
+def test_what_cannot_be_sent_is_refused():
+    numbers = (number for number in range(3))
+
+    @reward("generator")
+    def function(completion, example):
+        return next(numbers)
+
+    with pytest.raises(RewardError, match="'generator' cannot be sent to a worker process"):
+        locate(spec("generator"))
+
+
+def test_rewards_of_a_script_without_a_main_guard(tmp_path):
+    (tmp_path / "script.py").write_text(
+        """
+print("started")
+import math
+from dataclasses import dataclass
+from posttrain import Completion, Example, Rollout, RolloutRequest, Sampling, reward
+from posttrain.recipe.schema import RewardOptions, RewardSpec
+from posttrain.rewards.scorer import Scorer
+
+SCALE = 2
+
+def helper(text):
+    return SCALE * math.sqrt(len(text))
+
+@reward("mine")
+def mine(completion, example):
+    return helper(completion.text)
+
+@reward("mine_too")
+class Mine:
+    def __init__(self, offset):
+        self.offset = offset
+
+    def __call__(self, completion, example):
+        return self.offset + helper(completion.text)
+
+request = RolloutRequest((1,), Example("e", "p"), "g", Sampling(1))
+rollout = Rollout(request, Completion((1,), (0.0,), "stop", "four"), 0, 0)
+specs = [RewardSpec(name="mine"), RewardSpec(name="mine_too", args={"offset": 10})]
+with Scorer(specs, RewardOptions(workers=2)) as scorer:
+    scorer.score([rollout])
+print(rollout.rewards)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout == "started\n{'mine': 4.0, 'mine_too': 14.0}\n"
