@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from posttrain.errors import PosttrainError, RolloutError
@@ -35,7 +36,17 @@ def end_of_sequence_ids(
 
 def decode_texts(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
     """Text of token ids without special tokens; nothing else is stripped or cleaned up."""
+    if not rows:  # an empty batch would be taken for one empty row
+        return []
     return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def visible_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
+    """Which of the model's `vocab_size` token ids have text: neither special tokens nor unused ids do."""
+    visible = np.zeros(vocab_size, dtype=bool)
+    visible[list(tokenizer.get_vocab().values())] = True
+    visible[tokenizer.all_special_ids] = False
+    return visible
 
 
 def make_completions(

@@ -19,7 +19,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from posttrain.errors import RolloutError
 from posttrain.rollout.engine import check_requests
 from posttrain.rollout.sampling import RowSampler
-from posttrain.rollout.tokens import decode_texts, end_of_sequence_ids, make_completions, model_context
+from posttrain.rollout.tokens import (
+    decode_texts,
+    end_of_sequence_ids,
+    make_completions,
+    model_context,
+    visible_ids,
+)
 from posttrain.rollout.types import Completion, RolloutRequest
 
 
@@ -84,7 +90,7 @@ class TransformersEngine:
         sampler = RowSampler(
             [request.sampling for request in asked], [row.index for row in wave], logits.device
         )
-        outcome = _Outcome(asked, self._eos, self.max_model_len, self._tokenizer)
+        outcome = _Outcome(asked, self._eos, self.max_model_len, self._tokenizer, logits.shape[-1])
         logprobs = torch.empty(len(wave), outcome.longest, device=logits.device)
         active = torch.arange(len(wave), device=logits.device)
         for step in range(outcome.longest):
@@ -175,6 +181,7 @@ class _Outcome:
         eos: frozenset[int],
         max_model_len: int,
         tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
     ) -> None:
         samplings = [request.sampling for request in requests]
         self._caps = np.array(
@@ -187,7 +194,7 @@ class _Outcome:
         self._strings = [sampling.stop for sampling in samplings]
         self._any_strings = any(self._strings)
         self._tokenizer = tokenizer
-        self._hidden = np.array(sorted(tokenizer.all_special_ids))
+        self._visible = visible_ids(tokenizer, vocab_size) if self._any_strings else np.empty(0)
         self._tokens = np.zeros((len(requests), self.longest), dtype=np.int64)
         self._lengths = np.zeros(len(requests), dtype=np.int64)
         self._stopped = np.zeros(len(requests), dtype=bool)
@@ -214,18 +221,18 @@ class _Outcome:
         return np.flatnonzero(~finished).tolist()
 
     def _ends_with_string(self, candidates: np.ndarray) -> np.ndarray:
-        """Which active rows contain one of their stop strings, looking at the tail that is new enough.
+        """Which of the candidates among the active rows got one of their stop strings with the last token.
 
-        A token may be a single byte, and special tokens have no text, hence a tail of as many other tokens
-        as the string has bytes; the few more keep a decoder that strips a leading space away from the match.
+        A token may be a single byte, hence a tail of as many tokens with text as the longest string has
+        bytes; the few more keep a decoder that strips a leading space away from the match.
         """
         found = np.zeros(len(self._active), dtype=bool)
         rows = [(at, row) for at, row in enumerate(self._active) if candidates[at] and self._strings[row]]
         tails = []
         for _, row in rows:
             tokens = self._tokens[row, : self._step]
-            visible = tokens[~np.isin(tokens, self._hidden)]
-            tails.append(visible[-4 - max(len(string.encode()) for string in self._strings[row]) :].tolist())
+            longest = max(len(string.encode()) for string in self._strings[row])
+            tails.append(tokens[self._visible[tokens]][-4 - longest :].tolist())
         for (at, row), text in zip(rows, decode_texts(self._tokenizer, tails), strict=True):
             found[at] = any(string in text for string in self._strings[row])
         return found

@@ -25,7 +25,7 @@ from posttrain.rollout.weights import named_weights
 
 logger = logging.getLogger(__name__)
 
-_LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
+_TEMPERATURES = (0.01, 2.0)  # vLLM raises lower ones to the first and refuses higher ones
 _LOG_LEVEL = "ERROR"  # at every start and sync it warns of things that are as they should be here
 
 
@@ -172,10 +172,11 @@ class VllmEngine:
         from vllm import SamplingParams
 
         sampling: Sampling = request.sampling
-        if 0 < sampling.temperature < _LOWEST_TEMPERATURE:
+        lowest, highest = _TEMPERATURES
+        if sampling.temperature != 0 and not lowest <= sampling.temperature <= highest:
             raise RolloutError(
-                f"request for example {request.example.id!r}: vLLM samples at a temperature of at least "
-                f"{_LOWEST_TEMPERATURE}, not {sampling.temperature}; 0 is greedy"
+                f"request for example {request.example.id!r}: vLLM samples at temperature 0 or {lowest} to "
+                f"{highest}, not {sampling.temperature}"
             )
         return SamplingParams(
             max_tokens=min(sampling.max_tokens, self.max_model_len - len(request.prompt_ids)),

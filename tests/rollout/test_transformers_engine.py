@@ -1,0 +1,120 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_contract import (
+    MAX_MODEL_LEN,
+    MIXED,
+    EngineContract,
+    EngineLifecycleContract,
+    assert_sampled_from,
+    load,
+    request,
+    tokens_of,
+)
+from helpers import make_tiny_model
+from transformers import AutoTokenizer
+
+from posttrain.errors import RolloutError
+from posttrain.rollout.engine import RolloutEngine
+from posttrain.rollout.transformers import TransformersEngine
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("transformers") / "tiny")
+
+
+def build(path: Path, **options: Any) -> TransformersEngine:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return TransformersEngine(load(path), tokenizer, **{"max_model_len": MAX_MODEL_LEN, **options})
+
+
+@pytest.fixture(scope="module")
+def shared_engine(model_path: Path) -> RolloutEngine:
+    return build(model_path)
+
+
+class TestLifecycle(EngineLifecycleContract):
+    build = staticmethod(build)
+
+
+class TestContract(EngineContract):
+    pass
+
+
+def test_batch_size_does_not_change_completions(model_path: Path) -> None:
+    whole = build(model_path).generate(MIXED)
+    for batch_size in (1, 3):
+        assert tokens_of(build(model_path, batch_size=batch_size).generate(MIXED)) == tokens_of(whole)
+
+
+def test_context_defaults_to_the_models_own(model_path: Path) -> None:
+    assert build(model_path, max_model_len=None).max_model_len == 256
+
+
+def test_samples_from_the_live_module(model_path: Path) -> None:
+    """In training the optimiser changes the weights in place; nothing is copied."""
+    policy = load(model_path)
+    engine = TransformersEngine(
+        policy, AutoTokenizer.from_pretrained(model_path), max_model_len=MAX_MODEL_LEN
+    )
+    with torch.no_grad():
+        policy.model.norm.weight *= 1.5
+    engine.sync(policy)
+    assert_sampled_from(policy, MIXED, engine.generate(MIXED))
+
+
+def test_training_mode_dropout_and_checkpointing_do_not_matter(model_path: Path) -> None:
+    policy = load(model_path)
+    engine = TransformersEngine(
+        policy, AutoTokenizer.from_pretrained(model_path), max_model_len=MAX_MODEL_LEN
+    )
+    expected = engine.generate(MIXED)
+    policy.config.attention_dropout = 0.5
+    for layer in policy.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    policy.gradient_checkpointing_enable()
+    policy.train()
+    policy.model.norm.eval()
+    assert engine.generate(MIXED) == expected
+    assert policy.training
+    assert policy.model.layers[0].self_attn.training
+    assert not policy.model.norm.training
+    # The module can still be trained after it was sampled from.
+    policy(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    assert policy.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+def test_bfloat16(model_path: Path) -> None:
+    policy = load(model_path).to(torch.bfloat16)
+    engine = TransformersEngine(
+        policy, AutoTokenizer.from_pretrained(model_path), max_model_len=MAX_MODEL_LEN
+    )
+    assert_sampled_from(policy, MIXED, engine.generate(MIXED), tolerance=0.1)
+
+
+def test_broken_weights_are_reported(model_path: Path) -> None:
+    policy = load(model_path)
+    with torch.no_grad():
+        policy.model.norm.weight[0] = torch.nan
+    engine = TransformersEngine(
+        policy, AutoTokenizer.from_pretrained(model_path), max_model_len=MAX_MODEL_LEN
+    )
+    with pytest.raises(RolloutError, match="not finite"):
+        engine.generate([request()])
+
+
+def test_finished_rows_leave_the_batch(model_path: Path) -> None:
+    policy = load(model_path)
+    rows = []
+    policy.register_forward_pre_hook(
+        lambda _, __, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    engine = TransformersEngine(
+        policy, AutoTokenizer.from_pretrained(model_path), max_model_len=MAX_MODEL_LEN
+    )
+    engine.generate([request("1+2=", cap, n=2, temperature=0) for cap in (2, 4, 6)])
+    # One prefill of the one distinct prompt, then a row for every completion that goes on.
+    assert rows == [1, 6, 4, 4, 2, 2]
