@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
-
-from posttrain.data.answers import extract_answer
 from posttrain.data.prompts import encode_prompt, render_prompt
 from posttrain.data.sources import load_examples
-from posttrain.evaluation.metrics import (
-    Estimate,
-    estimate,
-    majority_at_k_values,
-    mean_values,
-    pass_at_k_values,
-)
+from posttrain.evaluation.metrics import Estimate, estimate
+from posttrain.evaluation.samples import GREEDY_ROLE, group_by_problem, problem_values
 from posttrain.recipe.schema import EvaluateStage
 from posttrain.rewards.scorer import Scorer
 from posttrain.rollout.build import build_engine, load_tokenizer
@@ -62,7 +53,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
             if "greedy" in stage.metrics:
                 once = replace(sampling, n=1, temperature=0.0, top_p=1.0, top_k=0)
                 greedy = _answer(
-                    [replace(request, sampling=once, role="greedy") for request in requests],
+                    [replace(request, sampling=once, role=GREEDY_ROLE) for request in requests],
                     engine,
                     scorer,
                     context,
@@ -72,15 +63,16 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
         engine.close()
 
     reward = stage.correct.reward or recipe.rewards[0].name
-    metrics = measure(stage, sampled, greedy, reward)
     rollouts = sampled.rollouts + (greedy.rollouts if greedy else [])
+    correct = [is_correct(rollout, reward, stage.correct.threshold) for rollout in rollouts]
+    metrics = measure(stage, rollouts, correct)
     rows = rollout_rows(
         rollouts,
         step=0,
         prompt_text={example.id: render_prompt(example, tokenizer, source.format) for example in examples},
     )
-    for row, rollout in zip(rows, rollouts, strict=True):
-        row["correct"] = is_correct(rollout, reward, stage.correct.threshold)
+    for row, outcome in zip(rows, correct, strict=True):
+        row["correct"] = outcome
     write_rollouts(context.folder("rollouts") / "samples.parquet", rows)
     summary = {
         "stage": context.name,
@@ -88,8 +80,8 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
         "problems": len(examples),
         "samples": stage.samples,
         "correct": {"reward": reward, "threshold": stage.correct.threshold},
-        "metrics": {name: asdict(value) for name, value in metrics.items()},
-        "unscored": sum(rollout.rewards.get(reward) is None for rollout in rollouts),
+        "metrics": {name: value.to_dict() for name, value in metrics.items()},
+        "unscored": sum(outcome is None for outcome in correct),
         "tokens/sampled": sum(len(rollout.completion.token_ids) for rollout in rollouts),
     }
     write_json(context.folder("evaluations") / "metrics.json", summary)
@@ -116,28 +108,21 @@ def is_correct(rollout: Rollout, reward: str, threshold: float) -> bool | None:
 
 
 def measure(
-    stage: EvaluateStage, sampled: RolloutBatch, greedy: RolloutBatch | None, reward: str
+    stage: EvaluateStage, rollouts: Sequence[Rollout], correct: Sequence[bool | None]
 ) -> dict[str, Estimate]:
     """The metrics a stage asks for, by name.
 
     Outcomes are grouped by problem; a sample without a score is left out, never counted as wrong.
     """
-    groups = list(sampled.groups().values())
-    correct = [
-        [is_correct(rollout, reward, stage.correct.threshold) for rollout in group] for group in groups
+    rows = [
+        {
+            "example_id": rollout.request.example.id,
+            "role": rollout.request.role,
+            "correct": outcome,
+            "length": float(len(rollout.completion.token_ids)),
+            "completion": rollout.completion.text,
+        }
+        for rollout, outcome in zip(rollouts, correct, strict=True)
     ]
-    values: dict[str, Any] = {}
-    for metric in stage.metrics:
-        kind, _, k = metric.partition("@")
-        if kind == "pass":
-            values[metric] = pass_at_k_values(correct, int(k))
-        elif kind == "maj":
-            votes = [[extract_answer(rollout.completion.text) for rollout in group] for group in groups]
-            values[metric] = majority_at_k_values(votes, correct, int(k))
-        elif kind == "greedy" and greedy is not None:
-            outcomes = [is_correct(rollout, reward, stage.correct.threshold) for rollout in greedy]
-            values[metric] = np.array([np.nan if outcome is None else float(outcome) for outcome in outcomes])
-        else:
-            lengths = [[float(len(rollout.completion.token_ids)) for rollout in group] for group in groups]
-            values[metric] = mean_values(lengths)
-    return {metric: estimate(value, stage.confidence) for metric, value in values.items()}
+    problems = list(group_by_problem(rows).values())
+    return {name: estimate(problem_values(name, problems), stage.confidence) for name in stage.metrics}

@@ -24,7 +24,8 @@ def jsonable(value: Any) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file beside and rename it, so that a reader never sees half of it."""
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=jsonable) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=jsonable, allow_nan=False)
+    beside.write_text(text + "\n")
     beside.replace(path)
 
 
