@@ -25,13 +25,17 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """
     location = _location(model)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             location, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise DataError(
             f"model.path: no tokenizer can be loaded from {model.path!r}: {_first_line(error)}"
         ) from error
+    # Without tokenizer files transformers makes an empty tokenizer of the model's class instead of failing.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise DataError(f"model.path: there is no tokenizer in {model.path!r}")
+    return tokenizer
 
 
 def load_model(model: ModelConfig) -> PreTrainedModel:
