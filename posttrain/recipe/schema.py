@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from posttrain.recipe.data_schema import Columns as Columns
+from posttrain.recipe.data_schema import DataConfig as DataConfig
+from posttrain.recipe.data_schema import DataSource as DataSource
+from posttrain.recipe.data_schema import Section as Section
 
 OnError = Literal["redraw", "drop", "fail"]
-TaskName = Literal["arithmetic", "largest", "counting", "reversing", "addition"]
 LossKind = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "rloo", "reinforce_pp"]
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: unknown keys are refused, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class LoraConfig(Section):
@@ -53,87 +51,6 @@ class ModelConfig(Section):
     """Folder of a trained peft adapter to continue from; `path` is its base."""
 
 
-class Columns(Section):
-    """Which dataset columns hold what. A missing one is an error that lists the columns there are."""
-
-    prompt: str = "prompt"
-    """Text, or a list of chat messages."""
-    answer: str | None = "answer"
-    """Reference answer for the rewards; None when there is none."""
-    completion: str | None = None
-    """Demonstration for supervised stages."""
-
-
-class DataSource(Section):
-    """Where rows come from: exactly one of `hub`, `jsonl`, `parquet`, `task`, `reasoning_gym`."""
-
-    hub: str | None = None
-    """Dataset name on the hub, or a local folder in the hub's format."""
-    jsonl: str | None = None
-    """Path of a file with one JSON object a line."""
-    parquet: str | None = None
-    """Path of a parquet file."""
-    task: TaskName | None = None
-    """A procedural task of `posttrain.data.tasks`."""
-    reasoning_gym: str | None = None
-    """A dataset name of the reasoning-gym package, e.g. `chain_sum`."""
-    subset: str | None = None
-    """Configuration of a hub dataset."""
-    split: str = "train"
-    """Split of a hub dataset or a task. A task's splits never share a problem."""
-    revision: str | None = None
-    """Commit of a hub dataset."""
-    size: int | None = Field(default=None, ge=1)
-    """Rows a procedural source makes; required there."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of a procedural source."""
-    columns: Columns = Columns()
-    """Which column holds what."""
-    format: Literal["auto", "chat", "text"] = "auto"
-    """`chat` renders prompts with the chat template, `text` takes them as they are; `auto` is `chat` when
-    the tokenizer has a template."""
-    system: str | None = None
-    """System message put before every chat prompt."""
-    template: str | None = None
-    """Text around the prompt, with `{prompt}` where it goes."""
-    shuffle: bool = True
-    """Rows are shuffled once by `seed`; the policy stage then goes through them epoch by epoch."""
-    seed: int = 0
-    """Seed of the shuffle and of procedural sources. Not the run's seed: seeds of one recipe train on the
-    same problems."""
-    limit: int | None = Field(default=None, ge=1)
-    """Use the first rows only (after the shuffle)."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSource:
-        kinds = [
-            k for k in ("hub", "jsonl", "parquet", "task", "reasoning_gym") if getattr(self, k) is not None
-        ]
-        if len(kinds) != 1:
-            found = ", ".join(kinds) or "none"
-            raise ValueError(
-                f"exactly one of hub, jsonl, parquet, task, reasoning_gym is needed; found {found}"
-            )
-        if kinds[0] in ("task", "reasoning_gym") and self.size is None:
-            raise ValueError(f"a {kinds[0]} source needs size")
-        if kinds[0] in ("task", "reasoning_gym") and self.split not in ("train", "validation", "test"):
-            raise ValueError(f"a {kinds[0]} source has the splits train, validation, test, not {self.split}")
-        if self.template is not None and "{prompt}" not in self.template:
-            raise ValueError("template has no {prompt}")
-        if self.system is not None and self.format == "text":
-            raise ValueError("a system message needs chat prompts, but format is text")
-        return self
-
-
-class DataConfig(Section):
-    """The recipe's datasets, by purpose."""
-
-    train: DataSource | None = None
-    """Prompts of the policy stages, and demonstrations of the supervised ones unless they name their own."""
-    eval: DataSource | None = None
-    """Problems of the evaluate stages unless they name their own."""
-
-
 class RolloutConfig(Section):
     """How completions are sampled."""
 
@@ -145,7 +62,7 @@ class RolloutConfig(Section):
     temperature: float = Field(default=1.0, gt=0.0)
     """1 samples from the policy itself. Truncating samplers (top-p, top-k) are not offered for training:
     they make the importance correction biased."""
-    stop: list[str] = []
+    stop: list[str] = Field(default=[])
     """Strings that end a completion, besides the end-of-sequence token."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Prompt plus completion; None is the model's own limit."""
@@ -296,7 +213,7 @@ class PolicyStage(Section):
     """Leave completions that ran into the cap out of the loss (DAPO's overlong filtering)."""
     on_long_prompt: Literal["error", "drop"] = "error"
     """A prompt that does not fit with `rollout.max_tokens` is an error or left out; it is never cut."""
-    methods: list[str | dict[str, dict[str, Any]]] = []
+    methods: list[str | dict[str, dict[str, Any]]] = Field(default=[])
     """Methods on top of the policy gradient: names, or `{name: {option: value}}`."""
     verify_syncs: int = Field(default=3, ge=0)
     """The first syncs after which the engine's log-probs are compared with the trainer's."""
@@ -342,7 +259,7 @@ class EvaluateStage(Section):
     """Sample among this many likeliest tokens; 0 is all."""
     max_tokens: int | None = Field(default=None, ge=1)
     """None is `rollout.max_tokens`."""
-    metrics: list[str] = ["pass@1", "mean_length"]
+    metrics: list[str] = Field(default=["pass@1", "mean_length"])
     """`pass@K` (unbiased), `maj@K`, `greedy` (accuracy at temperature 0), `mean_length`."""
     correct: CorrectConfig = CorrectConfig()
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
@@ -417,12 +334,12 @@ class Recipe(Section):
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: list[RewardSpec] = []
+    rewards: list[RewardSpec] = Field(default=[])
     """Names, or mappings with options."""
     reward_options: RewardOptions = RewardOptions()
     stages: list[StageSpec] = Field(min_length=1)
     """What to do, in order; each stage goes on with the model of the one before."""
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
     """Trackers besides `metrics.jsonl`, which is always written."""
     launch: LaunchConfig | None = None
 

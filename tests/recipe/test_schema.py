@@ -2,22 +2,26 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import ModuleType
 from typing import get_args
 
-import posttrain.recipe.schema as schema
+import pytest
+
 from posttrain.data.tasks import TASKS
+from posttrain.recipe import data_schema, schema
 from posttrain.recipe.fields import section_of
 
 
 def test_tasks_of_the_schema_are_those_there_are() -> None:
-    assert set(get_args(schema.TaskName)) == set(TASKS)
+    assert set(get_args(data_schema.TaskName)) == set(TASKS)
 
 
-def test_every_option_is_documented() -> None:
-    tree = ast.parse(Path(schema.__file__).read_text())
+@pytest.mark.parametrize("module", [schema, data_schema], ids=["schema", "data_schema"])
+def test_every_option_is_documented(module: ModuleType) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text())
     undocumented = []
     for section in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        fields = getattr(schema, section.name).model_fields
+        fields = getattr(module, section.name).model_fields
         for node, after in zip(section.body, [*section.body[1:], None], strict=True):
             if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
                 continue
