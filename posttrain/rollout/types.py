@@ -1,11 +1,11 @@
 """What flows through a step: requests, completions, rollouts. Plain data; imports nothing heavy.
 
-    Example          one dataset row
-    Sampling         how to sample: number of completions, temperature, caps, stops, seed
-    RolloutRequest   a prompt to be answered, by whom (role) and for which group
-    Completion       one sampled answer: token ids are the truth, text is derived from them
-    Rollout          request + completion + rewards
-    RolloutBatch     rollouts of one policy version, grouped by key
+Example          one dataset row
+Sampling         how to sample: number of completions, temperature, caps, stops, seed
+RolloutRequest   a prompt to be answered, by whom (role) and for which group
+Completion       one sampled answer: token ids are the truth, text is derived from them
+Rollout          request + completion + rewards
+RolloutBatch     rollouts of one policy version, grouped by key
 """
 
 from __future__ import annotations
