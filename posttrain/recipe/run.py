@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import RecipeError
+from posttrain.recipe.check import require_runnable
 from posttrain.recipe.load import LoadedRecipe, dump_recipe
 from posttrain.recipe.schema import ModelConfig, Recipe, StageSpec
 from posttrain.report.html import write_report
@@ -31,6 +32,7 @@ def run_recipe(loaded: LoadedRecipe, *, overwrite: bool = False) -> Path:
         RecipeError: the run folder exists already and `overwrite` is off.
         PosttrainError: a stage failed in a way its message explains.
     """
+    require_runnable(loaded)
     recipe = loaded.recipe
     return _run(recipe, recipe.stages, recipe.model, Path(recipe.output_dir) / recipe.name, overwrite)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,15 +39,17 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(model: ModelConfig) -> PreTrainedModel:
-    """The causal language model, on the CPU and without adapters.
+def load_model(model: ModelConfig, *, trainable: bool = False) -> PreTrainedModel | PeftModel:
+    """The causal language model on the CPU, with its trained adapter if `model.adapter` names one.
+
+    `trainable` is about that adapter: whether it goes on being trained or is only used.
 
     Raises:
-        DataError: nothing at this path, or no causal language model in it.
+        DataError: nothing at this path, or no causal language model or adapter in it.
     """
     location = _location(model)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        base = AutoModelForCausalLM.from_pretrained(
             location,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
@@ -57,6 +60,12 @@ def load_model(model: ModelConfig) -> PreTrainedModel:
         raise DataError(
             f"model.path: {model.path!r} cannot be loaded as a causal language model: {_first_line(error)}"
         ) from error
+    if model.adapter is None:
+        return base
+    try:
+        return PeftModel.from_pretrained(base, model.adapter, is_trainable=trainable)
+    except (OSError, ValueError) as error:
+        raise DataError(f"model.adapter: {model.adapter!r} cannot be loaded: {_first_line(error)}") from error
 
 
 def build_engine(
@@ -64,7 +73,7 @@ def build_engine(
     model_config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    model: PreTrainedModel | None = None,
+    model: PreTrainedModel | PeftModel | None = None,
     seed: int = 0,
 ) -> RolloutEngine:
     """The engine that `rollout.engine` names.
@@ -75,7 +84,7 @@ def build_engine(
     if rollout.engine == "vllm":
         from posttrain.rollout.vllm import VllmEngine
 
-        return VllmEngine(
+        engine = VllmEngine(
             _location(model_config),
             tokenizer,
             revision=model_config.revision,
@@ -86,6 +95,9 @@ def build_engine(
             kv_cache_gib=rollout.kv_cache_gib,
             seed=seed,
         )
+        if model_config.adapter is not None:  # vLLM has loaded the base alone
+            engine.sync(model if model is not None else load_model(model_config))
+        return engine
     from posttrain.rollout.transformers import TransformersEngine
 
     if model is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers import AutoConfig
 
 from posttrain.recipe.schema import ModelConfig
@@ -33,15 +33,14 @@ def load_policy(model: ModelConfig, *, reference_adapter: bool = False) -> Any:
     """
     if model.lora is None and model.adapter is None:
         return load_model(model.model_copy(update={"dtype": "float32"}))
-    base = load_model(model.model_copy(update={"adapter": None}))
     if model.adapter is not None:
-        policy = PeftModel.from_pretrained(base, model.adapter, is_trainable=True)
+        policy = load_model(model, trainable=True)
         if reference_adapter:
             policy.load_adapter(model.adapter, adapter_name=Reference.ADAPTER, is_trainable=False)
         return policy
     assert model.lora is not None
     return get_peft_model(
-        base,
+        load_model(model),
         PeftLoraConfig(
             r=model.lora.r,
             lora_alpha=model.lora.alpha,
