@@ -27,6 +27,7 @@ ASYNC_GRACE = 0.5
 """Async rewards time themselves out; the process is killed only if they block and do not get to it."""
 
 EXIT_SECONDS = 0.5
+MAX_KILLS_AT_LOADING = 3
 STALL_SECONDS = 30
 """Time for which a message may be stuck half-way: a stray thread in a worker must not stop the trainer."""
 
@@ -139,6 +140,7 @@ class WorkerPool:
         self._sources = list(sources)
         self._workers = [_Worker(self._sources) for _ in range(size)]
         self._queue: deque[Job] = deque()
+        self._kills_at_loading = 0
         try:
             while all(worker.loading for worker in self._workers):
                 self._wait(_ignore)
@@ -155,7 +157,7 @@ class WorkerPool:
         """Run jobs, and deliver every unit's outcomes exactly once, in any order.
 
         Raises:
-            RewardError: a replaced worker could not load the rewards again.
+            RewardError: a new worker could not load the rewards.
         """
         self._queue.extend(jobs)
         try:
@@ -206,6 +208,7 @@ class WorkerPool:
             raise reply
         if isinstance(reply, Ready):
             worker.rewards = reply.rewards
+            self._kills_at_loading = 0
             return
         assert worker.job is not None
         job = worker.job
@@ -218,7 +221,10 @@ class WorkerPool:
         job, pending = worker.job, worker.pending
         known = late or worker.died_running()
         code = self._replace(worker)
-        if job is None:  # it was loading
+        if job is None:  # it was loading; a signal may be the system's, short of memory
+            self._kills_at_loading += 1
+            if code < 0 and not late and self._kills_at_loading < MAX_KILLS_AT_LOADING:
+                return
             names = ", ".join(source.name for source in self._sources)
             cause = f"took longer than {LOAD_SECONDS:g} s" if late else f"ended the process ({_reason(code)})"
             raise RewardError(f"loading the rewards {names} {cause}")

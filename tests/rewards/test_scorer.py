@@ -274,9 +274,27 @@ def test_a_scorer_refuses(specs, error, message):
         make_scorer(*specs)
 
 
-def test_code_that_dies_while_it_is_loaded(tmp_path):
-    (tmp_path / "dies.py").write_text("import os\nos._exit(7)\ndef f(completion, example): ...")
-    with pytest.raises(
-        RewardError, match=r"loading the rewards .*dies\.py:f ended the process \(exit code 7\)"
-    ):
+@pytest.mark.parametrize(
+    ("code", "reason"), [("os._exit(7)", "exit code 7"), ("os.kill(os.getpid(), 11)", "signal 11")]
+)
+def test_code_that_dies_while_it_is_loaded(tmp_path, code, reason):
+    (tmp_path / "dies.py").write_text(f"import os\n{code}\ndef f(completion, example): ...")
+    with pytest.raises(RewardError, match=rf"loading the rewards .*dies\.py:f ended the process \({reason}"):
         make_scorer(f"{tmp_path}/dies.py:f")
+
+
+def test_a_worker_that_is_killed_once_while_loading_is_replaced(tmp_path):
+    code = f"""
+import os
+from pathlib import Path
+once = Path({str(tmp_path / "once")!r})
+if not once.exists():
+    once.touch()
+    os.kill(os.getpid(), 9)
+def f(completion, example): return 1.0
+"""
+    (tmp_path / "dies.py").write_text(code)
+    rollouts = make_rollouts(["x"])
+    with make_scorer(f"{tmp_path}/dies.py:f", workers=1) as scorer:
+        scorer.score(rollouts)
+    assert rollouts[0].reward == 1.0
