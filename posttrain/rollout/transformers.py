@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import RolloutError
+from posttrain.rollout.cache import decoding_cache
 from posttrain.rollout.engine import check_requests
 from posttrain.rollout.sampling import RowSampler
 from posttrain.rollout.tokens import (
@@ -157,7 +158,7 @@ def _prefill(model: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[_Batch, to
     padded = not bool(mask.all())
     input_ids, mask = input_ids.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
-    cache = DynamicCache(config=model.config)
+    cache = decoding_cache(model.config)
     output = model(
         input_ids=input_ids,
         attention_mask=mask if padded else None,
@@ -207,7 +208,7 @@ class _Outcome:
         return int(self._caps.max())
 
     def add(self, tokens: np.ndarray) -> list[int]:
-        """Append a token to every active row; positions among them of the rows that go on."""
+        """Append a token to every active row; where the rows that go on, in their new order, have been."""
         self._tokens[self._active, self._step] = tokens
         self._step += 1
         stopped = (self._stop_ids[self._active] == tokens[:, None]).any(axis=1)
@@ -217,8 +218,9 @@ class _Outcome:
         done = self._active[finished]
         self._stopped[done] = stopped[finished]
         self._lengths[done] = self._step
-        self._active = self._active[~finished]
-        return np.flatnonzero(~finished).tolist()
+        kept = _without(finished)
+        self._active = self._active[kept]
+        return kept.tolist()
 
     def _ends_with_string(self, candidates: np.ndarray) -> np.ndarray:
         """Which of the candidates among the active rows got one of their stop strings with the last token.
@@ -246,6 +248,14 @@ class _Outcome:
             [row[:length].tolist() for row, length in zip(logprobs, lengths, strict=True)],
             self._stopped.tolist(),
         )
+
+
+def _without(finished: np.ndarray) -> np.ndarray:
+    """Positions of the rows that go on. The last ones fill the gaps, so that few rows move in memory."""
+    count = int((~finished).sum())
+    kept = np.arange(count)
+    kept[np.flatnonzero(finished[:count])] = count + np.flatnonzero(~finished[count:])
+    return kept
 
 
 @contextmanager

@@ -14,7 +14,16 @@ from engine_contract import (
     tokens_of,
 )
 from helpers import make_tiny_model
-from transformers import AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
 from posttrain.errors import RolloutError
 from posttrain.rollout.engine import RolloutEngine
@@ -118,3 +127,41 @@ def test_finished_rows_leave_the_batch(model_path: Path) -> None:
     engine.generate([request("1+2=", cap, n=2, temperature=0) for cap in (2, 4, 6)])
     # One prefill of the one distinct prompt, then a row for every completion that goes on.
     assert rows == [1, 6, 4, 4, 2, 2]
+
+
+SHAPE = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SHAPE),
+        Qwen3Config(**SHAPE),
+        MistralConfig(**SHAPE, sliding_window=12),
+        Gemma3TextConfig(**SHAPE, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+        GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=2, n_positions=128, initializer_range=0.1),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_architectures(config: PretrainedConfig, attention: str, model_path: Path) -> None:
+    """Cache layers of every kind, prompts of different lengths, rows that leave at different times."""
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    engine = TransformersEngine(
+        policy, AutoTokenizer.from_pretrained(model_path), max_model_len=MAX_MODEL_LEN
+    )
+    requests = [*MIXED, request("1+2+3+4+5+6+7+8+9=", 100, n=3, seed=7)]  # longer than any cache's first room
+    assert_sampled_from(policy, requests, engine.generate(requests))
