@@ -39,10 +39,10 @@ CHAT_TEMPLATE = (
 # The training mixture: (task, arguments, share). Only the train splits are drawn from, so the held-out
 # problems of every recipe are new to the model.
 MIXTURE = [
-    ("arithmetic", {"min_terms": 2, "max_terms": 3, "max_term": 20}, 0.45),
+    ("arithmetic", {"min_terms": 2, "max_terms": 3, "min_first": -30, "max_first": 40}, 0.5),
     ("addition", {"max_digits": 3}, 0.15),
     ("largest", {"numbers": 4}, 0.15),
-    ("counting", {"length": 8}, 0.15),
+    ("counting", {"length": 7}, 0.1),
     ("reversing", {"max_length": 6}, 0.10),
 ]
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "data" / "tiny-reasoner")
     parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--rows", type=int, default=40_000)
+    parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 

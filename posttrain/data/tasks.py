@@ -40,17 +40,22 @@ def arithmetic(
     min_terms: int = 4,
     max_terms: int = 4,
     max_term: int = 9,
+    min_first: int = 1,
+    max_first: int | None = None,
     slips: float = 0.0,
     noise: float = 0.0,
 ) -> Problem:
     """A chain of additions and subtractions, `3-8+7=`, solved one step at a time.
+
+    The first number is between `min_first` and `max_first` (None: `max_term`), the others are between 1 and
+    `max_term`.
 
     The demonstrator may be fallible: with probability `slips` it keeps only the last digit of a step's
     result (forgets the sign or the tens), and with probability `noise` it is off by one. It then goes on
     from its wrong value; `answer` is always the right one.
     """
     terms = _between(min_terms, max_terms, rng)
-    question = str(_between(1, max_term, rng))
+    question = str(_between(min_first, max_first or max_term, rng))
     total = written = int(question)
     steps = []
     for _ in range(terms - 1):

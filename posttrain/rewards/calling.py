@@ -5,7 +5,6 @@ Runs in the worker processes; for the built-ins that cannot hang, in the trainer
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import importlib
 import importlib.util
@@ -71,6 +70,8 @@ class BoundReward:
 
     async def call_async(self, samples: Sequence[Sample], step: int | None) -> list[Outcome]:
         """The same for an async reward, which gets its time-out here as long as it does not block."""
+        import asyncio  # slow to import, and `posttrain plan` gets here
+
         budget = self.info.timeout * len(samples)
         limit = asyncio.timeout(budget)
         try:
