@@ -19,7 +19,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 
 from posttrain.errors import PosttrainError, RolloutError
 from posttrain.rollout.engine import check_requests
-from posttrain.rollout.tokens import end_of_sequence_ids, make_completions
+from posttrain.rollout.tokens import end_of_sequence_ids, make_completions, model_context
 from posttrain.rollout.types import Completion, RolloutRequest, Sampling, derive_seed
 from posttrain.rollout.weights import named_weights
 
@@ -83,11 +83,17 @@ class VllmEngine:
         on_cpu = current_platform.is_cpu()
         # On a CPU the model runs eagerly; compiling the few helpers left would only delay the first call.
         self._stance = "force_eager" if on_cpu else "default"
-        memory = (
-            {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
-            if on_cpu
-            else {"gpu_memory_utilization": memory_fraction}
-        )
+        context = max_model_len or model_context(AutoConfig.from_pretrained(path, revision=revision))
+        if on_cpu:
+            # A prompt cut in chunks crashes seeded sampling: vLLM winds back the generator after a chunk,
+            # and torch's CPU generator has no offset to wind back.
+            device: dict[str, float] = {
+                "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(context, 4096),
+            }
+        else:
+            device = {"gpu_memory_utilization": memory_fraction}
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._owns_group = not dist.is_initialized()
         self._llm: Any = None
@@ -98,7 +104,7 @@ class VllmEngine:
                     revision=revision,
                     tokenizer_revision=revision,
                     dtype=_checkpoint_dtype(path, revision) if dtype == "auto" else dtype,
-                    max_model_len=max_model_len,
+                    max_model_len=context,
                     max_num_seqs=batch_size,
                     seed=seed,
                     enforce_eager=on_cpu,
@@ -108,7 +114,7 @@ class VllmEngine:
                     # Sampling comes from the request alone, not from the defaults saved with the model.
                     generation_config="vllm",
                     use_tqdm_on_load=False,
-                    **memory,
+                    **device,
                 )
         except (ValueError, RuntimeError) as error:
             with _default_group_kept(not self._owns_group):

@@ -75,7 +75,6 @@ def finetune(
         max_steps=stage.max_steps or -1,
         max_length=None,
         completion_only_loss=True,
-        train_sampling_strategy="group_by_length",  # rows of like length waste less padding
         gradient_checkpointing=False,
         logging_steps=stage.log_every,
         save_strategy="no",
