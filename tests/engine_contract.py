@@ -92,6 +92,9 @@ MIXED = [
 ]
 
 
+LONG = [request("1+" * 50, n=2, seed=1)]  # long enough for a prefix that an engine may keep
+
+
 class EngineLifecycleContract:
     @staticmethod
     def build(path: Path, **options: Any) -> RolloutEngine:
@@ -142,6 +145,14 @@ class EngineContract:
         answers = engine.generate(requests)
         assert_sampled_from(policy, requests, answers)
         assert tokens_of(answers)[: len(MIXED)] == tokens_of(answers)[: len(MIXED) - 1 : -1]
+
+    def test_more_prompt_tokens_than_fit_in_one_pass(
+        self, engine: RolloutEngine, policy: PreTrainedModel
+    ) -> None:
+        requests = [request(f"{row}+" + "9*" * 50, 4, n=2, seed=row) for row in range(60)]
+        answers = engine.generate(requests)
+        assert_sampled_from(policy, requests, answers)
+        assert tokens_of(answers[-1:]) == tokens_of(engine.generate(requests[-1:]))
 
     def test_no_requests(self, engine: RolloutEngine) -> None:
         assert engine.generate([]) == []
@@ -322,11 +333,13 @@ class EngineContract:
     ) -> None:
         changed = perturbed(model_path)
         assert_sampled_from(policy, MIXED, engine.generate(MIXED))
+        assert_sampled_from(policy, LONG, engine.generate(LONG))
         version = engine.version
         engine.sync(changed)
         assert engine.version == version + 1
         answers = engine.generate(MIXED)
         assert_sampled_from(changed, MIXED, answers)
+        assert_sampled_from(changed, LONG, engine.generate(LONG))
         with pytest.raises(AssertionError):
             assert_sampled_from(policy, MIXED, answers, tolerance=0.05)
 

@@ -84,13 +84,17 @@ class VllmEngine:
         # On a CPU the model runs eagerly; compiling the few helpers left would only delay the first call.
         self._stance = "force_eager" if on_cpu else "default"
         context = max_model_len or model_context(AutoConfig.from_pretrained(path, revision=revision))
+        device: dict[str, float]
         if on_cpu:
             # A prompt cut in chunks crashes seeded sampling: vLLM winds back the generator after a chunk,
             # and torch's CPU generator has no offset to wind back.
-            device: dict[str, float] = {
+            device = {
                 "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(context, 4096),
+                # The smallest that its attention takes, not its 128: whole blocks are what completions of
+                # one prompt share, so that with 128 a shorter prompt is computed for each of them.
+                "block_size": 32,
             }
         else:
             device = {"gpu_memory_utilization": memory_fraction}

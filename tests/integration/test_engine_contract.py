@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("vllm")
 
-from engine_contract import MAX_MODEL_LEN, MIXED, EngineContract, EngineLifecycleContract, request
+from engine_contract import MAX_MODEL_LEN, MIXED, EngineContract, EngineLifecycleContract, request, tokens_of
 from helpers import make_tiny_model
 
 from posttrain.errors import RolloutError
@@ -60,6 +60,16 @@ class TestLifecycle(EngineLifecycleContract):
         assert not dist.is_initialized()
         if not torch.cuda.is_available():
             assert psutil.Process().memory_info().rss < resident - 0.2 * 2**30  # most of the cache's 0.25 GiB
+
+    def test_a_cache_too_small_for_the_batch_changes_nothing(self, model_path: Path) -> None:
+        """vLLM then drops running sequences and starts them again where they were."""
+        requests = [request(f"{row}+1=", 60, n=8, seed=row) for row in range(12)]
+        answers = []
+        for kv_cache_gib in (0.25, 0.003):
+            engine = build(model_path, kv_cache_gib=kv_cache_gib)
+            answers.append(tokens_of(engine.generate(requests)))
+            engine.close()
+        assert answers[0] == answers[1]
 
     def test_a_refused_start_leaves_nothing_behind(self, model_path: Path) -> None:
         with pytest.raises(RolloutError, match="vLLM cannot serve"):
