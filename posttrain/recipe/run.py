@@ -19,6 +19,7 @@ from posttrain.recipe.load import LoadedRecipe, dump_recipe
 from posttrain.recipe.schema import ModelConfig, Recipe, StageSpec
 from posttrain.report.html import write_report
 from posttrain.report.progress import Progress, metric_line
+from posttrain.rewards.scorer import Scorer
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.record import MetricsFile, write_json
 
@@ -34,6 +35,9 @@ def run_recipe(loaded: LoadedRecipe, *, overwrite: bool = False) -> Path:
     """
     require_runnable(loaded)
     recipe = loaded.recipe
+    if recipe.rewards:
+        # A reward that cannot be loaded must not be found out after an hour of another stage.
+        Scorer(recipe.rewards, recipe.reward_options).close()
     return _run(recipe, recipe.stages, recipe.model, Path(recipe.output_dir) / recipe.name, overwrite)
 
 

@@ -88,6 +88,7 @@ def build_engine(
             _location(model_config),
             tokenizer,
             revision=model_config.revision,
+            trust_remote_code=model_config.trust_remote_code,
             dtype=model_config.dtype,
             max_model_len=rollout.max_model_len,
             batch_size=rollout.batch_size,

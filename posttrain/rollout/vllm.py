@@ -36,6 +36,7 @@ class VllmEngine:
         path: hub name or local folder of the model; its weights are served until the first `sync`.
         tokenizer: turns token ids into text.
         revision: of a hub model.
+        trust_remote_code: run code that comes with the checkpoint.
         dtype: `float32`, `bfloat16`, or `auto` for the checkpoint's own (vLLM's `auto` would serve
             float32 checkpoints in 16 bits).
         max_model_len: longest prompt plus completion; None is the model's limit.
@@ -62,6 +63,7 @@ class VllmEngine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         revision: str | None = None,
+        trust_remote_code: bool = False,
         dtype: str = "auto",
         max_model_len: int | None = None,
         batch_size: int = 256,
@@ -83,21 +85,8 @@ class VllmEngine:
         on_cpu = current_platform.is_cpu()
         # On a CPU the model runs eagerly; compiling the few helpers left would only delay the first call.
         self._stance = "force_eager" if on_cpu else "default"
-        context = max_model_len or model_context(AutoConfig.from_pretrained(path, revision=revision))
-        device: dict[str, float]
-        if on_cpu:
-            # A prompt cut in chunks crashes seeded sampling: vLLM winds back the generator after a chunk,
-            # and torch's CPU generator has no offset to wind back.
-            device = {
-                "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(context, 4096),
-                # The smallest that its attention takes, not its 128: whole blocks are what completions of
-                # one prompt share, so that with 128 a shorter prompt is computed for each of them.
-                "block_size": 32,
-            }
-        else:
-            device = {"gpu_memory_utilization": memory_fraction}
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        context = max_model_len or model_context(config)
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._owns_group = not dist.is_initialized()
         self._llm: Any = None
@@ -107,18 +96,20 @@ class VllmEngine:
                     model=path,
                     revision=revision,
                     tokenizer_revision=revision,
-                    dtype=_checkpoint_dtype(path, revision) if dtype == "auto" else dtype,
+                    trust_remote_code=trust_remote_code,
+                    dtype=str(config.dtype or torch.float32).removeprefix("torch.")
+                    if dtype == "auto"
+                    else dtype,
                     max_model_len=context,
                     max_num_seqs=batch_size,
                     seed=seed,
-                    enforce_eager=on_cpu,
                     distributed_executor_backend="external_launcher" if several else "uni",
                     enable_prefix_caching=True,
                     logprobs_mode="processed_logprobs",
                     # Sampling comes from the request alone, not from the defaults saved with the model.
                     generation_config="vllm",
                     use_tqdm_on_load=False,
-                    **device,
+                    **(_cpu_options(context, kv_cache_gib) if on_cpu else _gpu_options(memory_fraction)),
                 )
         except (ValueError, RuntimeError) as error:
             with _default_group_kept(not self._owns_group):
@@ -220,6 +211,24 @@ def _prepare_environment() -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", _LOG_LEVEL)
 
 
+def _cpu_options(context: int, kv_cache_gib: float) -> dict[str, Any]:
+    return {
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+        "enforce_eager": True,
+        # A prompt cut in chunks crashes seeded sampling: vLLM winds back the generator after a chunk, and
+        # torch's CPU generator has no offset to wind back.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(context, 4096),
+        # The smallest that its attention takes, not its 128: whole blocks are what completions of one prompt
+        # share, so that with 128 a shorter prompt is computed for each of them.
+        "block_size": 32,
+    }
+
+
+def _gpu_options(memory_fraction: float) -> dict[str, Any]:
+    return {"gpu_memory_utilization": memory_fraction}
+
+
 @contextmanager
 def _process_state_kept() -> Iterator[None]:
     """Undo what vLLM does to process-wide state that belongs to the trainer.
@@ -256,11 +265,6 @@ def _default_group_kept(keep: bool) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group = destroy
-
-
-def _checkpoint_dtype(path: str, revision: str | None) -> str:
-    dtype = AutoConfig.from_pretrained(path, revision=revision).dtype
-    return str(dtype or torch.float32).removeprefix("torch.")
 
 
 def _generation_config(path: str, revision: str | None) -> GenerationConfig | None:

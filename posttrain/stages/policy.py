@@ -44,7 +44,8 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
     engine = build_engine(recipe.rollout, context.model, tokenizer, model=model, seed=recipe.seed)
     try:
         with Scorer(recipe.rewards, recipe.reward_options) as scorer:
-            prompts = _fitting(examples, tokenizer, source.format, stage, engine.max_model_len - 1)
+            room = engine.max_model_len - recipe.rollout.max_tokens
+            prompts = _fitting(examples, tokenizer, source.format, stage, room)
             ids_of = {example.id: ids for example, ids in prompts}
             collector = Collector(
                 engine=engine,
@@ -94,11 +95,11 @@ def _arguments(stage: PolicyStage, context: StageContext, dtype: torch.dtype) ->
 
 
 def _fitting(
-    examples: Sequence[Example], tokenizer: Any, prompt_format: Any, stage: PolicyStage, context_length: int
+    examples: Sequence[Example], tokenizer: Any, prompt_format: Any, stage: PolicyStage, room: int
 ) -> list[tuple[Example, tuple[int, ...]]]:
-    """The prompts that leave room for an answer, with their token ids."""
+    """The prompts of at most `room` tokens (`max_tokens` are left for the answer), with their token ids."""
     prompts = [(example, encode_prompt(example, tokenizer, prompt_format)) for example in examples]
-    kept, dropped = check_lengths(prompts, context_length, stage.on_long_prompt)
+    kept, dropped = check_lengths(prompts, room, stage.on_long_prompt)
     if dropped:
         print(f"{dropped} of {len(examples)} prompts do not fit and are left out (on_long_prompt: drop)")
     return kept
