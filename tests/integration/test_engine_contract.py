@@ -1,5 +1,6 @@
 """The engine contract on the real vLLM, in this process."""
 
+import importlib.util
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,18 +11,29 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from engine_contract import (
+    MAX_MODEL_LEN,
+    MIXED,
+    EngineContract,
+    EngineLifecycleContract,
+    assert_sampled_from,
+    load,
+    request,
+    tokens_of,
+)
+from helpers import make_tiny_model
 from transformers import AutoTokenizer
 
-pytest.importorskip("vllm")
-
-from engine_contract import MAX_MODEL_LEN, MIXED, EngineContract, EngineLifecycleContract, request, tokens_of
-from helpers import make_tiny_model
-
 from posttrain.errors import RolloutError
+from posttrain.recipe.schema import ModelConfig, RolloutConfig
+from posttrain.rollout.build import build_engine, load_tokenizer
 from posttrain.rollout.engine import RolloutEngine
 from posttrain.rollout.vllm import VllmEngine
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +92,17 @@ class TestLifecycle(EngineLifecycleContract):
             build(model_path)
         assert engine.generate(MIXED)
         engine.close()
+
+
+def test_build_engine_serves_the_checkpoint_in_its_own_type(model_path: Path) -> None:
+    config = ModelConfig(path=str(model_path))
+    rollout = RolloutConfig(
+        engine="vllm", max_model_len=MAX_MODEL_LEN, kv_cache_gib=0.25, memory_fraction=0.1
+    )
+    engine = build_engine(rollout, config, load_tokenizer(config))
+    assert engine.max_model_len == MAX_MODEL_LEN
+    assert_sampled_from(load(model_path), MIXED, engine.generate(MIXED))
+    engine.close()
 
 
 class TestContract(EngineContract):
