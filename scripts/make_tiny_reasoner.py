@@ -4,8 +4,8 @@ A Qwen2-architecture model of 1.1M parameters with a character-level tokenizer, 
 format, trained on generated reasoning text: question in, `<think>steps</think>answer` out. It is the model
 that the recipes under recipes/tiny start from.
 
-    ./scripts/make_tiny_reasoner                  # writes data/tiny-reasoner (about 15 minutes on one core)
-    ./scripts/make_tiny_reasoner --steps 50 --output DIR
+    ./scripts/make_tiny_reasoner                  # writes data/tiny-reasoner (about 20 minutes on one core)
+    ./scripts/make_tiny_reasoner --output DIR
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import string
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -36,15 +37,43 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# The training mixture: (task, arguments, share). Only the train splits are drawn from, so the held-out
-# problems of every recipe are new to the model.
-MIXTURE = [
-    ("arithmetic", {"min_terms": 2, "max_terms": 3, "min_first": -30, "max_first": 40}, 0.5),
-    ("addition", {"max_digits": 3}, 0.15),
-    ("largest", {"numbers": 4}, 0.15),
-    ("counting", {"length": 7}, 0.1),
-    ("reversing", {"max_length": 6}, 0.10),
-]
+
+@dataclass(frozen=True)
+class Phase:
+    """Some steps on a mixture of (task, arguments, share of the rows)."""
+
+    steps: int
+    rows: int
+    mixture: tuple[tuple[str, dict[str, int], float], ...]
+
+
+# Only the train splits are drawn from, so the held-out problems of every recipe are new to the model, and
+# chains of more than three terms are left to the recipes.
+PHASES = (
+    Phase(
+        steps=1400,
+        rows=40_000,
+        mixture=(
+            ("arithmetic", {"min_terms": 2, "max_terms": 3, "max_term": 20}, 0.45),
+            ("addition", {"max_digits": 3}, 0.15),
+            ("largest", {"numbers": 4}, 0.15),
+            ("counting", {"length": 8}, 0.15),
+            ("reversing", {"max_length": 6}, 0.10),
+        ),
+    ),
+    # Single-digit steps from anywhere the longer chains get to, until they are reliable.
+    Phase(
+        steps=500,
+        rows=14_000,
+        mixture=(
+            ("arithmetic", {"min_terms": 2, "max_terms": 3, "min_first": -30, "max_first": 40}, 0.7),
+            ("addition", {"max_digits": 3}, 0.08),
+            ("largest", {"numbers": 4}, 0.07),
+            ("counting", {"length": 8}, 0.08),
+            ("reversing", {"max_length": 6}, 0.07),
+        ),
+    ),
+)
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
@@ -93,20 +122,40 @@ def make_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
     return model
 
 
-def make_mixture(size: int, seed: int) -> list[Example]:
-    """`size` rows of the mixture (fewer where a task has not that many different problems)."""
+def make_rows(phase: Phase, seed: int) -> list[Example]:
+    """The rows of a phase, all different."""
     return [
         example
-        for task, arguments, share in MIXTURE
-        for example in make_task(task, size=round(size * share), seed=seed, split="train", **arguments)
+        for task, arguments, share in phase.mixture
+        for example in make_task(task, size=round(phase.rows * share), seed=seed, split="train", **arguments)
     ]
+
+
+def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, phase: Phase, output: Path, seed: int) -> None:
+    """One phase: a warm-up and a cosine down to zero."""
+    started = time.time()
+    stage = SftStage(
+        max_steps=phase.steps,
+        batch_size=64,
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=phase.steps // 20),
+        log_every=25,
+    )
+    finetune(
+        model,
+        tokenizer,
+        make_rows(phase, seed),
+        stage,
+        output_dir=output,
+        seed=seed,
+        log=lambda step, of, metrics: print(
+            f"step {step}/{of}  loss {float(metrics['loss']):.4f}  {time.time() - started:.0f} s", flush=True
+        ),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "data" / "tiny-reasoner")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -114,27 +163,11 @@ def main() -> None:
     model = make_model(tokenizer, options.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters:,} parameters, {len(tokenizer)} of {VOCABULARY} ids used")
-    stage = SftStage(
-        max_steps=options.steps,
-        batch_size=64,
-        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=options.steps // 20),
-        log_every=25,
-    )
-    started = time.time()
-    finetune(
-        model,
-        tokenizer,
-        make_mixture(options.rows, options.seed),
-        stage,
-        output_dir=options.output,
-        seed=options.seed,
-        log=lambda step, of, metrics: print(
-            f"step {step}/{of}  loss {float(metrics['loss']):.4f}  {time.time() - started:.0f} s", flush=True
-        ),
-    )
+    for phase in PHASES:
+        train(model, tokenizer, phase, options.output, options.seed)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    made = {"mixture": MIXTURE, "steps": options.steps, "rows": options.rows, "seed": options.seed}
+    made = {"seed": options.seed, "phases": [asdict(phase) for phase in PHASES]}
     (options.output / "made_by.json").write_text(json.dumps(made, indent=2) + "\n")
     print(f"saved to {options.output}")
 

@@ -30,7 +30,8 @@ class _Metrics(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "loss" in logs and state.is_world_process_zero:
-            self.log(state.global_step, state.max_steps, logs)
+            metrics = {key: value for key, value in logs.items() if key not in ("epoch", "num_tokens")}
+            self.log(state.global_step, state.max_steps, metrics)
 
 
 def finetune(
