@@ -66,8 +66,8 @@ def test_changelog_names_the_version():
 
 
 def test_scripts_are_executable_and_stop_at_errors():
-    scripts = [path for path in (*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run")]
-    scripts = [path for path in scripts if path.suffix == "" and path.is_file()]
+    files = (*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run")
+    scripts = [path for path in files if path.suffix == "" and path.is_file()]
     assert {"setup", "test"} <= {script.name for script in scripts}
     for script in scripts:
         text = script.read_text()
