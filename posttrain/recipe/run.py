@@ -41,8 +41,8 @@ def run_recipe(loaded: LoadedRecipe, *, overwrite: bool = False) -> Path:
     return _run(recipe, recipe.stages, recipe.model, Path(recipe.output_dir) / recipe.name, overwrite)
 
 
-def evaluate_model(loaded: LoadedRecipe, model_path: str, *, overwrite: bool = False) -> Path:
-    """Run the evaluate stages of a recipe on another model. Returns the run folder.
+def evaluate_model(loaded: LoadedRecipe, *, overwrite: bool = False) -> Path:
+    """Run the last evaluate stage of a recipe on its model. Returns the run folder.
 
     Raises:
         RecipeError: the recipe has no evaluate stage, or the folder exists already.
@@ -51,9 +51,9 @@ def evaluate_model(loaded: LoadedRecipe, model_path: str, *, overwrite: bool = F
     stages = [stage for stage in recipe.stages if stage.kind == "evaluate"]
     if not stages:
         raise RecipeError(f"recipe {recipe.name!r} has no evaluate stage")
-    model = recipe.model.model_copy(update={"path": model_path, "revision": None})
-    folder = Path(recipe.output_dir) / f"{recipe.name}-evaluate-{Path(model_path).name}"
-    return _run(recipe, stages[-1:], model, folder, overwrite)
+    evaluated = Path(recipe.model.adapter or recipe.model.path).name
+    folder = Path(recipe.output_dir) / f"{recipe.name}-evaluate-{evaluated}"
+    return _run(recipe, stages[-1:], recipe.model, folder, overwrite)
 
 
 def _run(recipe: Recipe, stages: list[StageSpec], model: ModelConfig, run_dir: Path, overwrite: bool) -> Path:

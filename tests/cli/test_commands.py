@@ -33,8 +33,8 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append(("run", loaded.recipe.name, overwrite))
         return Path("runs/x")
 
-    def evaluate_model(loaded: LoadedRecipe, model_path: str, *, overwrite: bool) -> Path:
-        calls.append(("evaluate", model_path, overwrite))
+    def evaluate_model(loaded: LoadedRecipe, *, overwrite: bool) -> Path:
+        calls.append(("evaluate", loaded.recipe.model.path, overwrite))
         return Path("runs/x-evaluate")
 
     module = types.ModuleType("posttrain.recipe.run")

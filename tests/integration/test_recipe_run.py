@@ -90,6 +90,15 @@ def test_a_recipe_runs_through_all_stages(tmp_path, model, engine, lora):
     assert "Report:" in done.stdout
 
 
+def test_a_trained_adapter_can_be_evaluated(tmp_path, model):
+    recipe = write_recipe(tmp_path, model)
+    trained = posttrain("train", recipe, "model.lora={r: 4}", "stages=[{sft: {max_steps: 1, batch_size: 4}}]")
+    assert trained.returncode == 0, trained.stderr
+    done = posttrain("evaluate", recipe, "--model", tmp_path / "small" / "models" / "01-sft")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "small-evaluate-01-sft" / "summary.json").is_file()
+
+
 def test_a_run_is_repeatable_and_a_seed_changes_it(tmp_path, model):
     recipe = write_recipe(tmp_path, model)
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
