@@ -62,7 +62,7 @@ def test_nothing_heavy_is_imported(argv: list[str]) -> None:
 
 @pytest.mark.parametrize("argv", [["--help"], ["plan", "r.yaml"]], ids=" ".join)
 def test_half_a_second_of_cpu(argv: list[str]) -> None:
-    """The best of up to twenty runs: what else the machine does can only add to it, by half when it is busy."""
+    """The best of up to twenty runs: what else the machine does can only add to it."""
     seconds: list[float] = []
     while len(seconds) < 20 and min(seconds, default=1.0) >= 0.5:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
