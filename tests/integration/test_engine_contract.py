@@ -1,6 +1,5 @@
 """The engine contract on the real vLLM, in this process."""
 
-import importlib.util
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +29,7 @@ from posttrain.rollout.build import build_engine, load_tokenizer
 from posttrain.rollout.engine import RolloutEngine
 from posttrain.rollout.vllm import VllmEngine
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
