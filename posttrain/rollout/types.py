@@ -13,11 +13,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
+
+from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 
 class Message(TypedDict):
-    """One chat message."""
+    """One chat message; further keys (a name, tool calls) stay with it."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
 
     role: str
     content: str

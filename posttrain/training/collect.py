@@ -107,23 +107,30 @@ class Collector:
             stop=tuple(rollout.stop),
         )
 
-    def collect(self, slots: range, contexts: Sequence[StepContext]) -> Collected:
-        """The rollouts of this rank's slots of a step. `contexts` belong to the methods, one each.
+    def plan(self, slots: range, contexts: Sequence[StepContext]) -> list[RolloutRequest]:
+        """The requests of this rank's slots of a step. `contexts` belong to the methods, one each."""
+        step = contexts[0].step
+        plan = RolloutPlan([self._request(step, slot, attempt=0) for slot in slots])
+        for method, context in zip(self.methods, contexts, strict=False):
+            plan = method.plan(plan, context)
+        return plan.requests
+
+    def sample(self, requests: list[RolloutRequest], step: int) -> Collected:
+        """Generate and score. Touches nothing of the trainer's, so that it may run beside an update.
 
         Raises:
             RewardError: a reward failed and the recipe says `on_error: fail`.
             TrainingError: not one rollout could be scored.
         """
-        step = contexts[0].step
         collected = Collected(RolloutBatch([]))
-        plan = RolloutPlan([self._request(step, slot, attempt=0) for slot in slots])
-        for method, context in zip(self.methods, contexts, strict=False):
-            plan = method.plan(plan, context)
-        collected.batch = self._sample(plan.requests, collected, step)
+        collected.batch = self._sample(requests, collected, step)
         self._replace_zero_variance(collected, step)
+        return collected
+
+    def extend(self, collected: Collected, contexts: Sequence[StepContext]) -> None:
+        """Add what the methods ask for after scoring: follow-up rollouts, further rewards."""
         for method, context in zip(self.methods, contexts, strict=False):
             collected.batch = method.extend(collected.batch, context)
-        return collected
 
     def _request(self, step: int, slot: int, attempt: int) -> RolloutRequest:
         position = step * self.stage.prompts_per_step + slot

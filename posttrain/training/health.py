@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from posttrain.errors import TrainingError
 from posttrain.training.advantages import zero_variance
@@ -64,6 +65,13 @@ class WeightsWatch:
             if p.requires_grad
         ]
         return torch.stack([total.cpu() for total in sums])
+
+
+def finite_gradients(model: Any) -> bool:
+    """Whether the norm of this rank's part of the gradient is a finite number."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(local))) if local else True
 
 
 def rollout_metrics(tally: Tally, collected: Collected, rows: Sequence[TrainRow]) -> None:

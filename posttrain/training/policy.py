@@ -7,10 +7,13 @@ knows. Everything specific to learning from rewards is here and in the pure modu
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from posttrain.errors import TrainingError
 from posttrain.methods.base import Channel, LossTerm, Method, StepContext
-from posttrain.recipe.schema import LossConfig, PolicyStage, RolloutConfig
+from posttrain.recipe.schema import PolicyStage, RolloutConfig
 from posttrain.rollout.engine import RolloutEngine
 from posttrain.rollout.types import Rollout, RolloutBatch, derive_seed
 from posttrain.training.advantages import BatchStats, batch_moments, compute_advantages, default_scale
@@ -34,26 +37,17 @@ from posttrain.training.batch import (
     split_rows,
     supervised_rows,
 )
+from posttrain.training.buffer import PendingBatch, State, Tensors, UpdateBatch
 from posttrain.training.collect import SOLUTION, Collected, Collector
 from posttrain.training.forward import Reference, check_output_head, policy_logprobs
-from posttrain.training.health import WeightsWatch, check_sync, rollout_metrics
-from posttrain.training.losses import Denominators, Stats, mean_stats, merge_stats, nll_loss, policy_loss
+from posttrain.training.health import WeightsWatch, check_sync, finite_gradients, rollout_metrics
+from posttrain.training.losses import Denominators, Stats, mean_stats, merge_stats
+from posttrain.training.objective import objective
 from posttrain.training.tally import Tally
 
+logger = logging.getLogger(__name__)
+
 OUTCOME = "outcome"
-
-
-@dataclass
-class UpdateBatch:
-    """What the optimiser steps on one rollout batch work with; counts are over all ranks."""
-
-    version: int
-    micro_batches: list[list[TrainRow]]
-    channels: list[Channel]
-    terms: list[LossTerm]
-    denominators: dict[str, Denominators]
-    metrics: Tally = field(default_factory=Tally)
-    contexts: Sequence[StepContext] = ()
 
 
 @dataclass(frozen=True)
@@ -83,12 +77,16 @@ class PolicyTrainer(Trainer):
         reference: Reference | None = None,
         seed: int = 0,
         verify_tolerance: float = 1e-3,
+        bad_batches: Path | None = None,
         on_rollouts: Callable[[StepRecord], None] = lambda record: None,
         on_log: Callable[[int, int, dict[str, Any]], None] = lambda step, steps, metrics: None,
     ):
-        """`on_rollouts` sees every rollout batch on every rank, `on_log` every line of metrics on rank 0."""
+        """`on_rollouts` sees every rollout batch on every rank, `on_log` every line of metrics on rank 0.
+
+        Batches whose loss or gradient is not finite are kept in the folder `bad_batches`.
+        """
         super().__init__(
-            model=model, args=arguments, processing_class=tokenizer, callbacks=[_AfterUpdate(self)]
+            model=model, args=arguments, processing_class=tokenizer, callbacks=[_AroundUpdate(self)]
         )
         self.remove_callback(PrinterCallback)
         if arguments.gradient_accumulation_steps != 1:
@@ -100,13 +98,18 @@ class PolicyTrainer(Trainer):
         self.reference = reference
         self.seed = seed
         self.verify_tolerance = verify_tolerance
+        self.bad_batches = bad_batches or Path(arguments.output_dir) / "bad_batches"
         self.on_rollouts = on_rollouts
         self.on_log = on_log
         self.watch = WeightsWatch(self.policy)
         self.totals = Tally()
         self._batch: UpdateBatch | None = None
+        self._pending: PendingBatch | None = None
+        self._sampler = ThreadPoolExecutor(1, "posttrain-sampler") if stage.overlap else None
         self._metrics: dict[str, float] = {}
         self._synced_at = 0
+        self._bad = False
+        self._bad_in_a_row = 0
 
     @property
     def policy(self) -> Any:
@@ -133,30 +136,35 @@ class PolicyTrainer(Trainer):
     ) -> torch.Tensor:
         """One optimiser step's gradients; the first on a rollout batch also samples and scores the batch."""
         model.train()
-        step, update = divmod(inputs["step"], self.stage.updates_per_batch)
+        # The Trainer's own counter, not the loader's item: it is what a checkpoint goes on from.
+        step, update = divmod(self.state.global_step, self.stage.updates_per_batch)
         if update == 0:
             self._batch = self._prepare(model, step)
         assert self._batch is not None
+        batch = self._batch
         started = time.monotonic()
-        loss = self._update(model, self._batch, first=update == 0)
-        self._batch.metrics.total("seconds/update", time.monotonic() - started)
-        self._metrics = Tally.merged(gather_object([self._batch.metrics])).values()
-        return loss
+        loss = self._update(model, batch, first=update == 0)
+        batch.metrics.total("seconds/update", time.monotonic() - started)
+        self._metrics = Tally.merged(gather_object([batch.metrics])).values()
+        self._metrics["loss"] = self.accelerator.reduce(loss, "mean").item()
+        self._bad = not np.isfinite(self._metrics["loss"]) or not np.isfinite(self._metrics.get(MISMATCH, 0))
+        # The Trainer sums the losses between two lines of its log: one NaN would stay there for good.
+        return torch.zeros_like(loss) if self._bad else loss
 
     # --- plan, generate, score, advantages -------------------------------------------------------------
 
     def _prepare(self, model: Any, step: int) -> UpdateBatch:
-        tally = Tally()
-        started = time.monotonic()
-        self._sync_engine()
-        tally.total("seconds/sync", time.monotonic() - started)
-        contexts = [self._context(step, method, tally) for method in self.methods]
-        collected = self.collector.collect(self._slots(), contexts or [self._context(step, None, tally)])
+        pending = self._pending or self._sample(step)
+        collected = self._extended(pending)
+        stale = pending.version != self.engine.version or self.state.global_step != self._synced_at
+        overlapped = self._sampler is not None and step + 1 < self.stage.steps
+        self._pending = self._sample(step + 1, self._sampler) if overlapped else None
+        tally, contexts = pending.tally, pending.contexts
 
         channels = self._channels(collected.batch, contexts)
         terms = [
             term
-            for method, context in zip(self.methods, contexts, strict=True)
+            for method, context in zip(self.methods, contexts, strict=False)
             for term in method.auxiliary(context)
         ]
         trained = collected.batch
@@ -164,9 +172,16 @@ class PolicyTrainer(Trainer):
             collected.drop([rollout for rollout in trained if rollout.truncated], lambda _: "truncated")
         rows = [row for rollout in collected.batch if (row := rollout_row(rollout, channels)) is not None]
         rows += [row for term in terms for row in supervised_rows(term)]
-        denominators = self._denominators(rows, channels, terms)
         batch = UpdateBatch(
-            self.engine.version, self._micro_batches(rows), channels, terms, denominators, tally, contexts
+            step=step,
+            version=pending.version,
+            stale=stale,
+            micro_batches=self._micro_batches(rows),
+            channels={channel.name: channel.weight for channel in channels},
+            terms={term.name: term.weight for term in terms},
+            denominators=self._denominators(rows, channels, terms),
+            metrics=tally,
+            contexts=contexts,
         )
         if step == 0 and rows:
             check_output_head(self.policy, self._collate(batch.micro_batches[0]))
@@ -174,6 +189,30 @@ class PolicyTrainer(Trainer):
         rollout_metrics(tally, collected, rows)
         self.on_rollouts(StepRecord(step * self.stage.updates_per_batch + 1, collected, channels))
         return batch
+
+    def _sample(self, step: int, sampler: ThreadPoolExecutor | None = None) -> PendingBatch:
+        """Sample and score a batch with the weights of now: here, or in the thread of `sampler`."""
+        tally = Tally()
+        started = time.monotonic()
+        self._sync_engine()
+        tally.total("seconds/sync", time.monotonic() - started)
+        contexts = self._contexts(step, tally)
+        requests = self.collector.plan(self._slots(), contexts)
+        future: Future[Collected]
+        if sampler is not None:
+            future = sampler.submit(self.collector.sample, requests, step)
+        else:
+            future = Future()
+            future.set_result(self.collector.sample(requests, step))
+        return PendingBatch(step, self.engine.version, contexts, tally, future)
+
+    def _extended(self, pending: PendingBatch) -> Collected:
+        """The rollouts of a batch with the methods' follow-ups, which need the engine it was sampled by."""
+        collected = pending.future.result()
+        if not pending.extended:
+            self.collector.extend(collected, pending.contexts)
+            pending.extended = True
+        return collected
 
     def _sync_engine(self) -> None:
         """Bring the engine to the current weights, once per policy version."""
@@ -186,6 +225,10 @@ class PolicyTrainer(Trainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         prompts = self.stage.prompts_per_step
         return range(rank * prompts // world, (rank + 1) * prompts // world)
+
+    def _contexts(self, step: int, tally: Tally) -> list[StepContext]:
+        """One context for each method; one that belongs to none when there are none."""
+        return [self._context(step, method, tally) for method in self.methods or [None]]
 
     def _context(self, step: int, method: Method | None, tally: Tally) -> StepContext:
         name = method.name if method else ""
@@ -204,7 +247,7 @@ class PolicyTrainer(Trainer):
     def _channels(self, batch: RolloutBatch, contexts: Sequence[StepContext]) -> list[Channel]:
         """The outcome channel, then what the methods add; a later channel replaces one of the same name."""
         channels = {OUTCOME: self._outcome(batch.with_role(SOLUTION).rollouts)}
-        for method, context in zip(self.methods, contexts, strict=True):
+        for method, context in zip(self.methods, contexts, strict=False):
             channels |= {channel.name: channel for channel in method.channels(batch, context)}
         return list(channels.values())
 
@@ -297,93 +340,141 @@ class PolicyTrainer(Trainer):
             accelerator.sync_gradients = last
             with nullcontext() if last or deepspeed else accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    loss, stats = self._loss(model, batch, self._collate(rows))
+                    micro = self._collate(rows)
+                    loss, stats = objective(
+                        batch,
+                        micro,
+                        *self._logprobs(model, micro),
+                        loss=self.stage.loss,
+                        several_updates=self.stage.updates_per_batch > 1,
+                    )
                 # Gradients are averaged over ranks; the loss is a sum over them.
                 loss = loss * accelerator.num_processes
+                if last and deepspeed:
+                    self._refuse_bad_loss(total + loss.detach())
                 accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
             total += loss.detach()
             parts += [stats] if stats else []
-        self._check_update(total, merge_stats(parts), batch, first=first)
+        self._record(merge_stats(parts), batch, first=first)
         return total
 
-    def _loss(self, model: Any, batch: UpdateBatch, micro: MicroBatch) -> tuple[torch.Tensor, Stats]:
-        """Σ weight · channel + Σ weight · term, each over its own denominator."""
-        logprobs, entropy = self._logprobs(model, micro)
-        loss = logprobs.sum() * 0.0  # keeps every weight in the graph when a micro-batch trains no channel
-        stats: Stats = {}
-        for index, channel in enumerate(batch.channels):
-            member, advantages = micro.select("advantages", channel.name)
-            if index > 0 and not member.any():
-                continue
-            config = self._channel_config(first=index == 0)
-            part, found = policy_loss(
-                config,
-                logprobs=logprobs[member],
-                advantages=advantages,
-                sequence=micro.row[member],
-                denominators=batch.denominators[channel.name],
-                entropy=(entropy if config.entropy else entropy.detach())[member],
-                **self._fixed_logprobs(micro, member, config),
-            )
-            loss = loss + channel.weight * part
-            stats = stats or found
-        for term in batch.terms:
-            member, weights = micro.select("nll_weights", term.name)
-            denominator = batch.denominators[term.name].tokens
-            loss = loss + term.weight * nll_loss(logprobs[member], weights, denominator)
-        return loss, stats
-
-    def _channel_config(self, *, first: bool) -> LossConfig:
-        """KL and entropy are terms of the whole loss: only the first channel carries them."""
-        loss = self.stage.loss
-        return loss if first else loss.model_copy(update={"kl": 0.0, "entropy": 0.0})
-
-    def _fixed_logprobs(self, micro: MicroBatch, member: torch.Tensor, config: LossConfig) -> dict[str, Any]:
-        """The [N] log-probs of a channel's tokens that do not depend on the weights."""
-        names = ["sampling_logprobs"]
-        if self.stage.updates_per_batch > 1:
-            names.append("old_logprobs")
-        if config.kl:
-            names.append("reference_logprobs")
-        rollouts = [row for row in micro.rows if row.is_rollout]
-        is_rollout = torch.tensor([row.is_rollout for row in micro.rows], device=micro.row.device)[micro.row]
-        part = replace(micro, rows=rollouts)
-        return {name: part.flat(name)[member[is_rollout]] for name in names}
-
-    def _check_update(self, loss: torch.Tensor, stats: Stats, batch: UpdateBatch, *, first: bool) -> None:
-        """Metrics of the update, and the checks that stop a run which learns nothing or nonsense."""
-        step = self.state.global_step + 1
-        if not torch.isfinite(loss):
-            raise TrainingError(f"the loss of step {step} is {float(loss)}; the weights were not updated")
+    def _record(self, stats: Stats, batch: UpdateBatch, *, first: bool) -> None:
+        """Metrics of the update, and the check that the engine had the policy's weights."""
         values = mean_stats(stats) if stats else {}
         tokens = values.pop("tokens", 0.0)
-        tally = batch.metrics
         for key, name in METRIC_NAMES.items():
             if key in values:
-                tally.mean(name, values[key], tokens)
-        if first and batch.version <= self.stage.verify_syncs:
+                batch.metrics.mean(name, values[key], tokens)
+        if first and not batch.stale and batch.version <= self.stage.verify_syncs:
+            step = self.state.global_step + 1
             check_sync(values.get("mismatch", 0.0), self.verify_tolerance, step, batch.version)
+
+    def _refuse_bad_loss(self, loss: torch.Tensor) -> None:
+        """DeepSpeed steps inside its last backward pass, so a bad update can be refused, not skipped.
+
+        Raises:
+            TrainingError: the loss is not finite on some rank.
+        """
+        finite = torch.isfinite(loss).to(loss.dtype)
+        if self.accelerator.reduce(finite, "sum") < self.accelerator.num_processes:
+            raise TrainingError(
+                f"the loss of step {self.state.global_step + 1} is not finite ({float(loss)} on this rank); the "
+                f"weights were not updated, and with DeepSpeed such a step cannot be skipped"
+            )
+
+    def before_optimizer_step(self) -> None:
+        """Take the gradients away from an optimiser that must not step, and keep what they came from."""
+        if not self._bad:
+            finite = torch.tensor([float(finite_gradients(self.model))], device=self.accelerator.device)
+            self._bad = self.accelerator.reduce(finite, "sum").item() < self.accelerator.num_processes
+        if not self._bad:
+            self._bad_in_a_row = 0
+            return
+        assert self._batch is not None
+        self._bad_in_a_row += 1
+        self._metrics["bad_steps"] = self._bad_in_a_row
+        self.model.zero_grad(set_to_none=True)  # an optimiser leaves parameters without a gradient alone
+        step = self.state.global_step + 1
+        folder = self.bad_batches / f"step-{step:06d}"
+        why = {"loss": repr(self._metrics["loss"]), "step": step}
+        self._batch.write(folder, self.accelerator.process_index, why)
+        message = "step %d: loss %s or its gradient is not finite; weights not updated, batch kept in %s"
+        logger.warning(message, step, self._metrics["loss"], folder)
 
     def after_update(self) -> None:
         """The optimiser has stepped: check that it changed something, tell the methods."""
         assert self._batch is not None
+        if self._bad:
+            return
         loss = self.stage.loss
         if self._metrics["tokens/with_advantage"] or self._batch.terms or loss.kl or loss.entropy:
             self.watch.after_step(self.policy, self.lr_scheduler.get_last_lr()[0], self.state.global_step)
-        for method, context in zip(self.methods, self._batch.contexts, strict=True):
+        for method, context in zip(self.methods, self._batch.contexts, strict=False):
             method.after_update(context)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Join the step's own metrics to the Trainer's loss, gradient norm and learning rate."""
+        """Join the step's own metrics to the Trainer's gradient norm and learning rate.
+
+        Raises:
+            TrainingError: too many steps in a row could not be taken.
+        """
         if "loss" in logs:
             logs = {**logs, **self._metrics}
             for name in ("tokens/sampled", "tokens/trained"):
                 self.totals.total(name, logs.get(name, 0.0))
             if self.is_world_process_zero():
                 self.on_log(self.state.global_step, self.args.max_steps, logs)
+            if self._bad_in_a_row >= self.stage.max_bad_steps:
+                raise TrainingError(
+                    f"{self._bad_in_a_row} steps in a row, up to step {self.state.global_step}, had a loss "
+                    f"or gradient that is not finite; the batches are in {self.bad_batches}"
+                )
         super().log(logs, start_time)
 
+    # --- checkpoints -----------------------------------------------------------------------------------
 
+    def state_dict(self) -> tuple[State, Tensors]:
+        """What this rank's part of a checkpoint holds beside the Trainer's own files: JSON and tensors."""
+        state: State = {
+            "totals": self.totals.state(),
+            "watching": self.watch.before is not None,
+            "engine_version": self.engine.version,
+            "bad_in_a_row": self._bad_in_a_row,
+            "methods": {method.name: method.state_dict() for method in self.methods},
+        }
+        tensors: Tensors = {}
+        if self._batch is not None and self.state.global_step % self.stage.updates_per_batch:
+            state["batch"], tensors = self._batch.state()
+        if self._pending is not None:
+            self._extended(self._pending)
+            state["pending"] = self._pending.state()
+        return state, tensors
+
+    def load_state_dict(self, state: State, tensors: Tensors) -> None:
+        """Take back what `state_dict` gave; the Trainer takes back its own files itself."""
+        self.totals = Tally.from_state(state["totals"])
+        if not state["watching"]:
+            self.watch.before = None
+        self.engine.version = state["engine_version"]
+        self._synced_at = -1  # the engine may hold the weights that the stage began with
+        self._bad_in_a_row = state["bad_in_a_row"]
+        for method in self.methods:
+            method.load_state_dict(state["methods"][method.name])
+        if "batch" in state:
+            contexts = self._contexts(state["batch"]["step"], Tally())
+            self._batch = UpdateBatch.from_state(state["batch"], tensors, contexts)
+        if "pending" in state:
+            tally = Tally()
+            contexts = self._contexts(state["pending"]["step"], tally)
+            self._pending = PendingBatch.from_state(state["pending"], tally, contexts)
+
+    def close(self) -> None:
+        """Wait for a batch that is being sampled; nothing is sampled afterwards."""
+        if self._sampler is not None:
+            self._sampler.shutdown(wait=True, cancel_futures=True)
+
+
+MISMATCH = "sampling/logprob_difference"
 METRIC_NAMES = {
     "entropy": "entropy",
     "kl": "kl",
@@ -391,15 +482,18 @@ METRIC_NAMES = {
     "clipped_low": "ratio/clipped_low",
     "clipped_high": "ratio/clipped_high",
     "importance": "sampling/importance_ratio",
-    "mismatch": "sampling/logprob_difference",
+    "mismatch": MISMATCH,
 }
 
 
-class _AfterUpdate(TrainerCallback):
-    """Calls back when the optimiser has stepped."""
+class _AroundUpdate(TrainerCallback):
+    """Calls back right before and after the optimiser steps."""
 
     def __init__(self, trainer: PolicyTrainer):
         self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.before_optimizer_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.after_update()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class Tally:
@@ -49,3 +50,20 @@ class Tally:
         """One number per name; a mean of nothing is left out."""
         means = {name: total / count for name, (total, count) in self.sums.items() if count}
         return means | self.totals | self.maxima
+
+    def state(self) -> dict[str, Any]:
+        """Everything it holds, as JSON-compatible values."""
+        return {"sums": self.sums, "totals": self.totals, "maxima": self.maxima}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
+        self.totals = dict(state["totals"])
+        self.maxima = dict(state["maxima"])
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Tally:
+        """The tally that `state` was taken of."""
+        tally = cls()
+        tally.load(state)
+        return tally

@@ -6,7 +6,14 @@ import pytest
 import torch
 from helpers import make_tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import TrainingArguments
+from policy_training import (
+    EvenTokens,
+    assert_same_weights,
+    make_stage,
+    make_trainer,
+    trained_weights,
+    weights_of,
+)
 
 from posttrain.errors import RewardError, TrainingError
 from posttrain.methods.base import Channel, LossTerm, Method
@@ -15,120 +22,17 @@ from posttrain.recipe.schema import (
     ModelConfig,
     OptimizerConfig,
     PolicyStage,
-    RewardOptions,
-    RolloutConfig,
 )
 from posttrain.rollout.build import load_model, load_tokenizer
 from posttrain.rollout.transformers import TransformersEngine
 from posttrain.rollout.types import Example, RolloutBatch
-from posttrain.training.arguments import optimizer_arguments
-from posttrain.training.collect import Collector
 from posttrain.training.forward import Reference
-from posttrain.training.policy import PolicyTrainer
 from posttrain.training.prompts import PromptOrder
-
-PROMPTS = [f"{a}+{b}=" for a in range(1, 5) for b in range(1, 5)]
-
-
-class EvenTokens:
-    """A stand-in for the scorer: the share of even token ids; `broken` names what it cannot score."""
-
-    def __init__(self, broken=lambda rollout: False):
-        self.broken = broken
-        self.calls = 0
-
-    def score(self, rollouts, step=None):
-        self.calls += 1
-        for rollout in rollouts:
-            ids = rollout.completion.token_ids
-            if self.broken(rollout):
-                rollout.rewards, rollout.reward = {"even": None}, None
-                rollout.reward_errors = {"even": "exception: boom"}
-            else:
-                rollout.reward = sum(token % 2 == 0 for token in ids) / len(ids)
-                rollout.rewards, rollout.reward_errors = {"even": rollout.reward}, {}
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-def make_trainer(
-    folder,
-    tmp_path,
-    *,
-    stage=None,
-    scorer=None,
-    methods=(),
-    model=None,
-    reference=None,
-    on_error="redraw",
-    engine=None,
-    **hooks,
-):
-    stage = stage or PolicyStage(steps=3, prompts_per_step=3, group_size=4)
-    rollout = RolloutConfig(max_tokens=12)
-    tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
-    model = model if model is not None else load_model(ModelConfig(path=str(folder)))
-    examples = [Example(id=prompt, prompt=prompt, answer="0") for prompt in PROMPTS]
-    collector = Collector(
-        engine=engine or TransformersEngine(model, tokenizer),
-        scorer=scorer or EvenTokens(),
-        order=PromptOrder(examples, seed=0),
-        encode=lambda example: tuple(tokenizer(example.prompt)["input_ids"]),
-        stage=stage,
-        rollout=rollout,
-        rewards=RewardOptions(on_error=on_error),
-        methods=methods,
-        seed=0,
-    )
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=stage.steps * stage.updates_per_batch,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        **optimizer_arguments(stage.optimizer, dtype=torch.float32),
-    )
-    return PolicyTrainer(
-        model=model,
-        tokenizer=tokenizer,
-        arguments=arguments,
-        collector=collector,
-        stage=stage,
-        rollout=rollout,
-        methods=methods,
-        reference=reference,
-        **hooks,
-    )
-
-
-def make_stage(**changes):
-    return PolicyStage(
-        steps=3,
-        prompts_per_step=3,
-        group_size=4,
-        optimizer=OptimizerConfig(name="sgd", learning_rate=0.1, max_grad_norm=0.0),
-        **changes,
-    )
-
-
-def weights_of(trainer):
-    return {name: tensor.detach().clone() for name, tensor in trainer.policy.state_dict().items()}
-
-
-def trained_weights(folder, tmp_path, **options):
-    trainer = make_trainer(folder, tmp_path, **options)
-    trainer.train()
-    return weights_of(trainer)
-
-
-def assert_same_weights(one, other, tolerance=1e-6):
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=tolerance, msg=name)
 
 
 def test_training_raises_the_reward_and_changes_the_weights(model_folder, tmp_path):
@@ -474,7 +378,11 @@ def test_prompt_order_is_a_permutation_per_epoch_and_needs_no_state():
 def test_seeds_do_not_depend_on_how_slots_are_spread(model_folder, tmp_path):
     trainer = make_trainer(model_folder, tmp_path)
     context = [trainer._context(5, None, trainer.totals)]
-    whole = trainer.collector.collect(range(3), context).batch
-    parts = [trainer.collector.collect(range(slot, slot + 1), context).batch for slot in range(3)]
+
+    def sample(slots):
+        return trainer.collector.sample(trainer.collector.plan(slots, context), step=5).batch
+
+    whole = sample(range(3))
+    parts = [sample(range(slot, slot + 1)) for slot in range(3)]
     assert [r.completion.token_ids for r in whole] == [r.completion.token_ids for part in parts for r in part]
     assert len({replace(r.request.sampling, n=1).seed for r in whole}) == 3
