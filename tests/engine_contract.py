@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from posttrain.errors import RolloutError
 from posttrain.rollout.engine import RolloutEngine
-from posttrain.rollout.types import Completion, Example, RolloutRequest, Sampling
+from posttrain.rollout.types import (
+    Completion,
+    Example,
+    Rollout,
+    RolloutRequest,
+    Sampling,
+    derive_seed,
+    make_rollouts,
+)
 
 MAX_MODEL_LEN = 128
 EOS = 2
@@ -368,6 +377,50 @@ class EngineContract:
         with pytest.raises(AssertionError), adapted.disable_adapter():
             assert_sampled_from(adapted, MIXED, answers, tolerance=0.05)
 
+    def test_forks_continue_as_their_prompt_and_prefix_would(
+        self, engine: RolloutEngine, policy: PreTrainedModel
+    ) -> None:
+        rollout = sampled_rollout(engine, request("(1+2)*(3+4)=", 70, seed=6))
+        length = len(rollout.completion.token_ids)
+        assert length > 40
+        cuts = [length, 0, 33, 34, 7]
+        answers = engine.fork(rollout, cuts, 3, Sampling(9, n=99, temperature=0.8, seed=5))
+        asked = [prefix_request(rollout, cut, Sampling(9, n=3, temperature=0.8, seed=5)) for cut in cuts]
+        assert_sampled_from(policy, asked, answers)
+        assert tokens_of(answers) == tokens_of([engine.generate([one])[0] for one in asked])
+        assert len({completion.token_ids for answer in answers for completion in answer}) == 3 * len(cuts)
+        assert (
+            tokens_of(engine.fork(rollout, [33], 2, Sampling(9, temperature=0.8, seed=5)))[0]
+            == (tokens_of(answers)[2][:2])
+        )
+
+    def test_greedy_forks_of_a_greedy_rollout_write_it_again(self, engine: RolloutEngine) -> None:
+        rollout = sampled_rollout(engine, request("1+2=", 60, temperature=0))
+        tokens = rollout.completion.token_ids
+        cuts = list(range(0, len(tokens), 7))
+        for cut, answer in zip(cuts, engine.fork(rollout, cuts, 1, Sampling(60, temperature=0)), strict=True):
+            assert answer[0].token_ids[: len(tokens) - cut] == tokens[cut:]
+
+    def test_forks_end_at_stop_strings_and_at_the_end_of_the_context(self, engine: RolloutEngine) -> None:
+        rollout = sampled_rollout(engine, request("1" * 60, MAX_MODEL_LEN, seed=4))
+        length = len(rollout.completion.token_ids)
+        assert 60 + length == MAX_MODEL_LEN
+        (free,) = engine.fork(rollout, [length - 20], 1, Sampling(50, seed=2))[0]
+        assert len(free.token_ids) == 20
+        string = free.text[5:7]
+        (stopped,) = engine.fork(rollout, [length - 20], 1, Sampling(50, seed=2, stop=(string,)))[0]
+        assert stopped.finish_reason == "stop"
+        assert stopped.text == free.text[: free.text.index(string) + 2]
+        with pytest.raises(RolloutError, match="leaves no room"):
+            engine.fork(rollout, [3, length], 1, Sampling(5))
+
+    @pytest.mark.parametrize("cut", [-1, 13])
+    def test_cuts_outside_the_completion(self, engine: RolloutEngine, cut: int) -> None:
+        rollout = sampled_rollout(engine, request("1+2=", 12, seed=1))
+        assert len(rollout.completion.token_ids) == 12
+        with pytest.raises(RolloutError, match=f"has 12 tokens: it cannot be cut at {cut}"):
+            engine.fork(rollout, [4, cut], 1, Sampling(5))
+
     def test_random_state_of_the_process_is_left_alone(
         self, engine: RolloutEngine, policy: PreTrainedModel
     ) -> None:
@@ -375,6 +428,23 @@ class EngineContract:
         engine.generate(MIXED)
         engine.sync(policy)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def sampled_rollout(engine: RolloutEngine, asked: RolloutRequest) -> Rollout:
+    """A rollout of `asked`, with the first seed from its own on whose completion reaches its cap."""
+    for seed in range(asked.sampling.seed, asked.sampling.seed + 20):
+        free = replace(asked, sampling=replace(asked.sampling, seed=seed))
+        (rollout,) = make_rollouts([free], engine.generate([free]), engine.version)
+        if rollout.truncated:
+            return rollout
+    raise AssertionError("the tiny model ends every completion")
+
+
+def prefix_request(rollout: Rollout, cut: int, sampling: Sampling) -> RolloutRequest:
+    """What a fork at `cut` stands for: the prefix is the prompt, the seed is of this rollout and cut."""
+    seed = derive_seed(sampling.seed, rollout.id, cut)
+    prefix = rollout.request.prompt_ids + rollout.completion.token_ids[:cut]
+    return replace(rollout.request, prompt_ids=prefix, sampling=replace(sampling, seed=seed))
 
 
 def fingerprint(model: torch.nn.Module) -> str:

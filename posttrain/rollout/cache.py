@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,18 +54,37 @@ class GrowingLayer(DynamicLayer):
         self._buffers = self._buffers[0][:rows], self._buffers[1][:rows]
         self.keys, self.values = self.keys[:rows], self.values[:rows]
 
-    def _move(self, rows: torch.Tensor) -> None:
-        """Copy the given rows into buffers with room."""
-        length = self.get_seq_length()
-        capacity = length + max(_ROOM, length // 4)
+    def fork(self, rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Row b becomes the `lengths[b]` tokens from `starts[b]` on of what row `rows[b]` was.
+
+        They end at the right edge; what is left of them is zero, and is for the attention mask to hide.
+        """
+        width = max(lengths)
         buffers = []
         for states in (self.keys, self.values):
             _, heads, _, size = states.shape
-            buffer = states.new_empty(len(rows), heads, capacity, size)
+            buffer = states.new_zeros(len(rows), heads, _capacity(width), size)
+            for target, source, start, length in zip(buffer, rows, starts, lengths, strict=True):
+                target[:, width - length : width] = states[source, :, start : start + length]
+            buffers.append(buffer)
+        self._buffers = buffers[0], buffers[1]
+        self.keys, self.values = (buffer[:, :, :width] for buffer in buffers)
+
+    def _move(self, rows: torch.Tensor) -> None:
+        """Copy the given rows into buffers with room."""
+        length = self.get_seq_length()
+        buffers = []
+        for states in (self.keys, self.values):
+            _, heads, _, size = states.shape
+            buffer = states.new_empty(len(rows), heads, _capacity(length), size)
             buffer[:, :, :length] = states[rows]
             buffers.append(buffer)
         self._buffers = buffers[0], buffers[1]
         self.keys, self.values = (buffer[:, :, :length] for buffer in buffers)
+
+
+def _capacity(length: int) -> int:
+    return length + max(_ROOM, length // 4)
 
 
 def decoding_cache(config: PretrainedConfig) -> DynamicCache:
@@ -72,3 +92,8 @@ def decoding_cache(config: PretrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def can_fork(cache: DynamicCache) -> bool:
+    """Whether every layer still holds all it was given, so that a prefix can be taken out of it."""
+    return all(isinstance(layer, GrowingLayer) for layer in cache.layers)

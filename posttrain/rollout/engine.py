@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from posttrain.errors import RolloutError
-from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling
+from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling, derive_seed
 
 
 class RolloutEngine(Protocol):
@@ -78,3 +79,26 @@ def check_requests(requests: Sequence[RolloutRequest], max_model_len: int) -> No
                 f"request for example {request.example.id!r} asks for n={request.sampling.n}, "
                 f"max_tokens={request.sampling.max_tokens}; both must be at least 1"
             )
+
+
+def fork_requests(rollout: Rollout, cuts: Sequence[int], n: int, sampling: Sampling) -> list[RolloutRequest]:
+    """The requests whose completions continue a rollout: `RolloutEngine.fork` is `generate` of these.
+
+    Prompt and kept tokens become the prompt. A cut's seed derives from the sampling's, the rollout's id and
+    the cut, so that the continuations of different cuts and of different rollouts are independent.
+
+    Raises:
+        RolloutError: a cut outside the completion.
+    """
+    request, tokens = rollout.request, rollout.completion.token_ids
+    for cut in cuts:
+        if not 0 <= cut <= len(tokens):
+            raise RolloutError(f"rollout {rollout.id!r} has {len(tokens)} tokens: it cannot be cut at {cut}")
+    return [
+        replace(
+            request,
+            prompt_ids=request.prompt_ids + tokens[:cut],
+            sampling=replace(sampling, n=n, seed=derive_seed(sampling.seed, rollout.id, cut)),
+        )
+        for cut in cuts
+    ]

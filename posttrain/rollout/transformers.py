@@ -1,24 +1,25 @@
 """The embedded engine: samples from a live transformers model, in training the trainer's own.
 
 There is nothing to copy at a sync, and the log-probs are the trainer's up to rounding. A call is cut into
-waves of `batch_size` rows. A wave prefills each of its prompts once, repeats the cache for the completions,
-and decodes token by token; a row leaves the batch at the step it finishes.
+waves of `batch_size` rows. A wave prefills its prompts, but no prompt that another one begins with, copies
+the cache for the completions, and decodes token by token; a row leaves the batch at the step it finishes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+import torch.nn.functional as F
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import RolloutError
-from posttrain.rollout.cache import decoding_cache
-from posttrain.rollout.engine import check_requests
+from posttrain.rollout.cache import can_fork, decoding_cache
+from posttrain.rollout.engine import check_requests, fork_requests
 from posttrain.rollout.sampling import RowSampler
 from posttrain.rollout.tokens import (
     decode_texts,
@@ -27,7 +28,11 @@ from posttrain.rollout.tokens import (
     model_context,
     visible_ids,
 )
-from posttrain.rollout.types import Completion, RolloutRequest
+from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling
+
+Prompt = tuple[int, ...]
+
+_ROOM = 64  # columns by which an attention mask grows
 
 
 class TransformersEngine:
@@ -60,18 +65,23 @@ class TransformersEngine:
         if self._model is None:
             raise RolloutError("the rollout engine is closed")
         check_requests(requests, self.max_model_len)
+        hosts = _hosts({request.prompt_ids for request in requests})
         rows = [_Row(r, i) for r, request in enumerate(requests) for i in range(request.sampling.n)]
-        # Rows of like length share a wave, so that little of it is padding.
-        rows.sort(
-            key=lambda row: (len(requests[row.request].prompt_ids), requests[row.request].sampling.max_tokens)
-        )
+        # Rows of like length share a wave, so that little of it is padding, and so do those of one host.
+        rows.sort(key=lambda row: _place(requests[row.request], hosts))
         answers: list[dict[int, Completion]] = [{} for _ in requests]
         with _inference(self._model):
             for start in range(0, len(rows), self._batch_size):
                 wave = rows[start : start + self._batch_size]
-                for row, completion in zip(wave, self._decode(requests, wave), strict=True):
+                for row, completion in zip(wave, self._decode(requests, wave, hosts), strict=True):
                     answers[row.request][row.index] = completion
         return [[answer[index] for index in range(len(answer))] for answer in answers]
+
+    def fork(
+        self, rollout: Rollout, cuts: Sequence[int], n: int, sampling: Sampling
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.fork`. The longest prefix is run; the cache is copied for the others."""
+        return self.generate(fork_requests(rollout, cuts, n, sampling))
 
     def sync(self, model: PreTrainedModel) -> None:
         """Sample from `model` from now on. Its weights are used where they are."""
@@ -84,10 +94,12 @@ class TransformersEngine:
         """Let go of the model."""
         self._model = None
 
-    def _decode(self, requests: Sequence[RolloutRequest], wave: Sequence[_Row]) -> list[Completion]:
+    def _decode(
+        self, requests: Sequence[RolloutRequest], wave: Sequence[_Row], hosts: Mapping[Prompt, Prompt]
+    ) -> list[Completion]:
         """Complete the rows of one wave."""
         asked = [requests[row.request] for row in wave]
-        batch, logits = _prefill(self._model, [request.prompt_ids for request in asked])
+        batch, logits = _prefill(self._model, [request.prompt_ids for request in asked], hosts)
         sampler = RowSampler(
             [request.sampling for request in asked], [row.index for row in wave], logits.device
         )
@@ -104,7 +116,7 @@ class TransformersEngine:
                 active, tokens = active[rows], tokens[rows]
                 sampler.select(rows, kept)
                 batch.select(rows)
-            logits = batch.forward(tokens)
+            logits = batch.decode(tokens)
         return outcome.completions(logprobs.cpu().numpy())
 
 
@@ -115,27 +127,30 @@ class _Row:
 
 
 class _Batch:
-    """The rows being decoded: their cache, attention mask and positions."""
+    """The rows being decoded, padded on the left to the longest: their cache, mask and positions."""
 
-    def __init__(self, model: Any, cache: Cache, mask: torch.Tensor | None, positions: torch.Tensor) -> None:
+    def __init__(self, model: Any, cache: DynamicCache, lengths: Sequence[int]) -> None:
         self._model = model
         self._cache = cache
-        self._mask = mask
-        self._positions = positions
+        self._width = 0
+        self._positions: torch.Tensor  # (B, 1), of the next token
+        self._mask: torch.Tensor | None  # (B, at least width), False where padded
+        self._arrange(lengths)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def prefill(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """Run the whole rows; logits (B, V) of the tokens that follow."""
+        input_ids = torch.zeros(len(prompts), self._width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, self._width - len(prompt) :] = torch.tensor(prompt)
+        positions = torch.arange(self._width, device=self._model.device) - self._width + self._positions
+        return self._forward(input_ids.to(self._model.device), positions.clamp_(min=0))
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Append one token (B,) to every row; logits (B, V) of the next."""
-        if self._mask is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        output = self._model(
-            input_ids=tokens[:, None],
-            attention_mask=self._mask,
-            position_ids=self._positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        self._width += 1
+        logits = self._forward(tokens[:, None], self._positions)
         self._positions = self._positions + 1
-        return output.logits[:, -1]
+        return logits
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep only the given rows."""
@@ -145,32 +160,76 @@ class _Batch:
         if self._mask is not None:
             self._mask = self._mask[rows]
 
+    def fork(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Make row b the first `lengths[b]` tokens of what row `rows[b]` was. The cache must allow it."""
+        starts = (self._width - self._positions).squeeze(-1)[list(rows)].tolist()
+        for layer in self._cache.layers:
+            layer.fork(rows, starts, lengths)
+        self._arrange(lengths)
 
-def _prefill(model: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[_Batch, torch.Tensor]:
-    """Run every distinct prompt once; the batch with one row per given prompt, and its next logits (B, V)."""
-    distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    width = max(map(len, distinct))
-    input_ids = torch.zeros(len(distinct), width, dtype=torch.long)
-    mask = torch.zeros(len(distinct), width, dtype=torch.bool)
-    for prompt, row in distinct.items():
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = True
-    padded = not bool(mask.all())
-    input_ids, mask = input_ids.to(model.device), mask.to(model.device)
-    positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
+    def _arrange(self, lengths: Sequence[int]) -> None:
+        self._width = max(lengths)
+        self._positions = torch.tensor(lengths, device=self._model.device)[:, None]
+        self._mask = None
+        if min(lengths) < self._width:
+            columns = torch.arange(self._width, device=self._model.device)
+            self._mask = columns >= self._width - self._positions
+
+    def _forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        mask = None
+        if self._mask is not None:
+            if self._mask.shape[1] < self._width:  # every later token is seen: room is made ahead
+                self._mask = F.pad(self._mask, (0, _ROOM), value=True)
+            mask = self._mask[:, : self._width]
+        output = self._model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+
+def _hosts(prompts: Collection[Prompt]) -> dict[Prompt, Prompt]:
+    """For each prompt the longest one that begins with it: where its keys and values can be copied from.
+
+    In lexicographic order a prompt is followed by those that it begins, if there are any.
+    """
+    hosts: dict[Prompt, Prompt] = {}
+    host: Prompt = ()
+    for prompt in sorted(prompts, reverse=True):
+        if host[: len(prompt)] != prompt:
+            host = prompt
+        hosts[prompt] = host
+    return hosts
+
+
+def _place(request: RolloutRequest, hosts: Mapping[Prompt, Prompt]) -> tuple[int, int, Prompt]:
+    host = hosts[request.prompt_ids]
+    return len(host), request.sampling.max_tokens, host
+
+
+def _prefill(
+    model: Any, prompts: Sequence[Prompt], hosts: Mapping[Prompt, Prompt]
+) -> tuple[_Batch, torch.Tensor]:
+    """Run the prompts; the batch with one row for each, and the logits (B, V) of the tokens that follow.
+
+    Of equal prompts, and of prompts that one of them begins with, only the longest is run.
+    """
     cache = decoding_cache(model.config)
-    output = model(
-        input_ids=input_ids,
-        attention_mask=mask if padded else None,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    batch = _Batch(model, cache, mask if padded else None, positions[:, -1:] + 1)
+    distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    needed = dict.fromkeys(hosts[prompt] for prompt in distinct) if can_fork(cache) else distinct
+    batch = _Batch(model, cache, [len(prompt) for prompt in needed])
+    logits = batch.prefill(list(needed))
+    if len(needed) < len(distinct):
+        place = {host: row for row, host in enumerate(needed)}
+        batch.fork([place[hosts[prompt]] for prompt in distinct], [len(prompt) - 1 for prompt in distinct])
+        logits = batch.decode(torch.tensor([prompt[-1] for prompt in distinct], device=model.device))
     rows = torch.tensor([distinct[prompt] for prompt in prompts], device=model.device)
     batch.select(rows)
-    return batch, output.logits[:, -1][rows]
+    return batch, logits[rows]
 
 
 class _Outcome:

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import PosttrainError, RolloutError
-from posttrain.rollout.engine import check_requests
+from posttrain.rollout.engine import check_requests, fork_requests
 from posttrain.rollout.tokens import end_of_sequence_ids, make_completions, model_context
-from posttrain.rollout.types import Completion, RolloutRequest, Sampling, derive_seed
+from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling, derive_seed
 from posttrain.rollout.weights import named_weights
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,12 @@ class VllmEngine:
             )
         )
         return [[next(completions) for _ in range(request.sampling.n)] for request in requests]
+
+    def fork(
+        self, rollout: Rollout, cuts: Sequence[int], n: int, sampling: Sampling
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.fork`. vLLM finds what the prompts share in its prefix cache."""
+        return self.generate(fork_requests(rollout, cuts, n, sampling))
 
     def sync(self, model: PreTrainedModel) -> None:
         """Copy the weights of `model` into vLLM, LoRA adapters merged on the way."""

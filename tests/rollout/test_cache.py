@@ -36,6 +36,24 @@ def test_growing_layer_holds_what_a_dynamic_layer_holds(prompt: int) -> None:
         assert growing.get_seq_length() == dynamic.get_seq_length() == prompt + step
 
 
+def test_forked_rows_hold_their_prefixes_at_the_right_edge() -> None:
+    layer = GrowingLayer()
+    keys, values = states(2, 9, seed=0)
+    layer.update(keys, values)
+    layer.fork([1, 0, 1, 0], [0, 4, 0, 4], [9, 3, 0, 5])
+    for held, given in ((layer.keys, keys), (layer.values, values)):
+        assert held.shape == (4, 2, 9, 4)
+        assert torch.equal(held[0], given[1])
+        assert torch.equal(held[1, :, 6:], given[0, :, 4:7])
+        assert torch.equal(held[3, :, 4:], given[0, :, 4:9])
+        assert not held[1, :, :6].any()
+        assert not held[2].any()
+    new = states(4, 1, seed=1)
+    place = layer.keys.data_ptr()
+    assert torch.equal(layer.update(*new)[0][:, :, 9:], new[0])
+    assert layer.keys.data_ptr() == place
+
+
 def test_tokens_are_written_in_place() -> None:
     layer = GrowingLayer()
     layer.update(*states(2, 5, seed=0))

@@ -10,7 +10,9 @@ from engine_contract import (
     EngineLifecycleContract,
     assert_sampled_from,
     load,
+    prefix_request,
     request,
+    sampled_rollout,
     tokens_of,
 )
 from helpers import make_tiny_model
@@ -28,6 +30,7 @@ from transformers import (
 from posttrain.errors import RolloutError
 from posttrain.rollout.engine import RolloutEngine
 from posttrain.rollout.transformers import TransformersEngine
+from posttrain.rollout.types import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,22 @@ def test_finished_rows_leave_the_batch(model_path: Path) -> None:
     assert rows == [1, 6, 4, 4, 2, 2]
 
 
+def test_a_fork_runs_its_trace_once(model_path: Path) -> None:
+    policy = load(model_path)
+    shapes = []
+    policy.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    engine = TransformersEngine(
+        policy, AutoTokenizer.from_pretrained(model_path), max_model_len=MAX_MODEL_LEN
+    )
+    rollout = sampled_rollout(engine, request("1+2=", 30, seed=1))
+    shapes.clear()
+    engine.fork(rollout, [0, 9, 20, 30], 2, Sampling(3, temperature=0))
+    # The prompt and all 30 tokens, the last token before each cut, then a row for every continuation.
+    assert shapes == [(1, 34), (4, 1), (8, 1), (8, 1)]
+
+
 SHAPE = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -165,3 +184,6 @@ def test_architectures(config: PretrainedConfig, attention: str, model_path: Pat
     )
     requests = [*MIXED, request("1+2+3+4+5+6+7+8+9=", 100, n=3, seed=7)]  # longer than any cache's first room
     assert_sampled_from(policy, requests, engine.generate(requests))
+    rollout = sampled_rollout(engine, request("1+2=", 40, seed=1))
+    asked = [prefix_request(rollout, cut, Sampling(9, n=2)) for cut in (0, 5, 30, 40)]
+    assert_sampled_from(policy, asked, engine.fork(rollout, [0, 5, 30, 40], 2, Sampling(9)))
