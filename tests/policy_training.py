@@ -76,6 +76,7 @@ def make_trainer(
         max_steps=stage.steps * stage.updates_per_batch,
         logging_steps=1,
         save_strategy="no",
+        ignore_data_skip=True,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
