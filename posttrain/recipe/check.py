@@ -223,6 +223,11 @@ def _policy(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[Finding]:
     rollouts = stage.prompts_per_step * stage.group_size
     if stage.updates_per_batch > rollouts:
         yield f"{key}.updates_per_batch", f"is larger than the {rollouts} rollouts of a step."
+    if stage.overlap and recipe.rollout.engine == "vllm":
+        text = "engine vllm lives in the trainer's process and cannot sample while it trains"
+        yield f"{key}.overlap", f"{text}; vllm_server and transformers can."
+    if stage.overlap and stage.loss.importance.mode == "none":
+        yield f"{key}.overlap", "rollouts of older weights need the correction: loss.importance.mode is none."
     for index, method in enumerate(stage.methods):
         name = method if isinstance(method, str) else next(iter(method))
         if (problem := _method_problem(name)) is not None:
