@@ -21,6 +21,7 @@ from posttrain.report.html import write_report
 from posttrain.report.progress import Progress, metric_line
 from posttrain.rewards.scorer import Scorer
 from posttrain.stages.context import StageContext, StageResult
+from posttrain.training.distributed import start_processes, wait_for_all
 from posttrain.training.record import MetricsFile, write_json
 
 REPORTED_PACKAGES = ("posttrain", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm")
@@ -57,12 +58,12 @@ def evaluate_model(loaded: LoadedRecipe, *, overwrite: bool = False) -> Path:
 
 
 def _run(recipe: Recipe, stages: list[StageSpec], model: ModelConfig, run_dir: Path, overwrite: bool) -> Path:
-    rank = int(os.environ.get("RANK", "0"))
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = start_processes()
     if rank == 0:
         _make_folder(run_dir, overwrite)
         (run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
         write_json(run_dir / "versions.json", versions())
+    wait_for_all()  # nobody may write into the folder before it is made
     started = time.monotonic()
     results: list[tuple[StageContext, StageResult, float]] = []
     with Progress(run_dir / "logs", enabled=rank == 0) as progress:
