@@ -50,7 +50,8 @@ def named_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, tor
 def saved_weights(model: PreTrainedModel | PeftModel, *, keep: bool) -> dict[str, torch.Tensor]:
     """What `model.save_pretrained(folder, state_dict=…)` is to write, on the CPU.
 
-    Of a LoRA policy that is the trained adapter. Tied weights are one tensor. `keep` is false on the processes that only take part; they get nothing.
+    Of a LoRA policy that is the trained adapter. Tied weights are one tensor. `keep` is false on the
+    processes that only take part; they get nothing.
     """
     names = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight.requires_grad}
     wholes: dict[int, torch.Tensor] = {}
