@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import ClassVar
 
 
@@ -31,3 +32,21 @@ class RewardError(PosttrainError):
 
 class TrainingError(PosttrainError):
     """Training cannot go on: nothing to train, stale engine weights, non-finite loss."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run in good order. Like Ctrl-C it is no `Exception`: nothing may swallow it."""
+
+    def __init__(self, number: int, text: str = ""):
+        super().__init__(text)
+        self.number = number
+
+    @property
+    def signal(self) -> str:
+        """`SIGTERM`, `SIGINT`, …"""
+        return signal.Signals(self.number).name
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports for a process that a signal ended: 130, 138, 143."""
+        return 128 + self.number

@@ -14,13 +14,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from posttrain.errors import PosttrainError, RecipeError
+from posttrain.errors import PosttrainError, RecipeError, Stopped
 from posttrain.recipe.spelling import did_you_mean
 
 COMMANDS = {
     "init": "write a starter recipe",
     "plan": "check a recipe and show what it will do, without starting anything",
     "train": "run a recipe",
+    "resume": "go on with a run that was stopped or killed",
     "evaluate": "run a recipe's evaluate stages on a model",
     "generate": "sample completions of a model",
     "report": "write the HTML report of a run",
@@ -30,7 +31,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for bad input, 1 for other failures, 130 for Ctrl-C."""
+    """Run one command and return its exit code.
+
+    That is 0, 2 for bad input, 1 for other failures, and 128 + n for signal n.
+    """
     # pydantic would look through every installed package for plugins: a tenth of a second for nothing.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
@@ -40,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PosttrainError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

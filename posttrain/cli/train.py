@@ -26,13 +26,18 @@ def run(args: argparse.Namespace) -> None:
     """Load the recipe, then run it here or hand over to accelerate."""
     loaded = load(args)
     require_runnable(loaded)
-    command = launch_command(loaded.recipe.launch, sys.argv[1:], os.environ)
-    if command is not None:
-        os.execv(command[0], command)
+    launch(loaded.recipe.launch, sys.argv[1:])
     from posttrain.recipe.run import run_recipe
 
     folder = run_recipe(loaded, overwrite=args.overwrite)
     print(f"Run folder: {folder}")
+
+
+def launch(options: LaunchConfig | None, argv: Sequence[str]) -> None:
+    """Hand over to accelerate when the recipe asks for several processes and none has been started yet."""
+    command = launch_command(options, argv, os.environ)
+    if command is not None:
+        os.execv(command[0], command)
 
 
 def launch_command(

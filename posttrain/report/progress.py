@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from posttrain.errors import Stopped
+
 HEALTH = (
     ("loss", "loss", "{:.4f}"),
     ("reward", "reward", "{:.3f}"),
@@ -72,6 +74,8 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
         if self._file is not None:
+            if isinstance(error, Stopped):
+                self._file.write(f"   stopped by {error.signal}\n")
             self._file.close()
 
     def say(self, text: str) -> None:
@@ -97,6 +101,10 @@ class Progress:
                 self.say(f"   step {step}/{steps}  {health_line(metrics)}")
 
         return show
+
+    def skipped(self, name: str) -> None:
+        """The stage was finished by an earlier attempt at the run."""
+        self.say(f"── {name} was finished before")
 
     def finished(self, name: str, summary: Mapping[str, Any], seconds: float) -> None:
         """The stage is done; show its results if it has any."""

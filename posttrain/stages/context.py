@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.recipe.schema import ModelConfig, Recipe
-from posttrain.training.record import MetricsFile
+from transformers import Trainer
+
+from posttrain.recipe.schema import ModelConfig, PolicyStage, Recipe, SftStage
+from posttrain.training.checkpoint import Checkpointer
+from posttrain.training.manifest import STAGING, publish
+from posttrain.training.ranks import on_first_rank
+from posttrain.training.record import Clock, MetricsFile, remove_rollouts
+from posttrain.training.stop import StopSignals
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,10 @@ class StageContext:
     metrics: MetricsFile
     show: Callable[[int, int, dict[str, Any]], None]
     """Progress display: (step, number of steps, metrics)."""
+    say: Callable[[str], None]
+    """One line on the terminal and in the run's log."""
+    stop: StopSignals
+    clock: Clock = field(default_factory=Clock)
     rank: int = 0
     world: int = 1
 
@@ -45,13 +56,43 @@ class StageContext:
         self.metrics.write(stage=self.name, kind=self.kind, step=step, metrics=metrics)
         self.show(step, steps, metrics)
 
-    def hand_over(self, model: Any, tokenizer: Any, summary: dict[str, Any] | None = None) -> StageResult:
-        """Save `model` (or its adapter) under `models/<stage>` in the ordinary format for the next stage."""
-        folder = self.folder("models")
-        if self.rank == 0:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        if hasattr(model, "peft_config"):
+    def checkpointer(self, stage: SftStage | PolicyStage, updates_per_step: int = 1) -> Checkpointer:
+        """What trains this stage, from its newest checkpoint if there is one.
+
+        What the run folder has of later steps is removed: it is about to be written again.
+        """
+        checkpointer = Checkpointer(
+            self.folder("checkpoints"),
+            stage=self.name,
+            every=stage.save_steps and stage.save_steps * updates_per_step,
+            keep=stage.keep_checkpoints,
+            stop=self.stop,
+            clock=self.clock,
+            say=self.say,
+            rank=self.rank,
+        )
+        on_first_rank(lambda: self._rewind(checkpointer))
+        return checkpointer
+
+    def _rewind(self, checkpointer: Checkpointer) -> None:
+        self.metrics.cut(self.name, checkpointer.step)
+        remove_rollouts(self.run_dir / "rollouts" / self.name, checkpointer.step)
+        if checkpointer.start is not None:
+            self.say(f"   resumed from {checkpointer.start}")
+
+    def hand_over(self, trainer: Trainer, summary: dict[str, Any] | None = None) -> StageResult:
+        """Save the model or its adapter under `models/<stage>`, in the ordinary format."""
+        models = self.run_dir / "models"
+        staged, folder = models / STAGING / self.name, models / self.name
+        trainer.save_model(str(staged))
+
+        def finish() -> None:
+            (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            publish(staged, folder)
+            shutil.rmtree(models / STAGING)
+
+        on_first_rank(finish)
+        if hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"):
             trained = self.model.model_copy(update={"adapter": str(folder)})
         else:
             trained = self.model.model_copy(update={"path": str(folder), "revision": None})

@@ -39,7 +39,8 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
     set_seed(recipe.seed)
     model = load_policy(context.model, reference_adapter=stage.loss.kl > 0)
     dtype = compute_dtype(context.model)
-    arguments = _arguments(stage, context, dtype)
+    checkpointer = context.checkpointer(stage, stage.updates_per_batch)
+    arguments = _arguments(stage, context, dtype, checkpointer.output_dir)
     model.to(arguments.device)
     engine = build_engine(recipe.rollout, context.model, tokenizer, model=model, seed=recipe.seed)
     try:
@@ -72,20 +73,21 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
                 on_rollouts=lambda record: _write(record, stage, context, tokenizer, source.format),
                 on_log=context.log_step,
             )
-            trainer.train()
+            checkpointer.train(trainer, trainer)
     finally:
         engine.close()
-    return context.hand_over(trainer.policy, tokenizer, trainer.totals.values())
+    return context.hand_over(trainer, trainer.totals.values())
 
 
-def _arguments(stage: PolicyStage, context: StageContext, dtype: torch.dtype) -> TrainingArguments:
+def _arguments(
+    stage: PolicyStage, context: StageContext, dtype: torch.dtype, output_dir: str
+) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(context.folder("checkpoints")),
+        output_dir=output_dir,
         max_steps=stage.steps * stage.updates_per_batch,
         gradient_checkpointing=stage.gradient_checkpointing,
         logging_steps=1,
-        save_strategy="steps" if stage.save_steps else "no",
-        save_steps=(stage.save_steps or 1) * stage.updates_per_batch,
+        save_strategy="no",  # the checkpointer asks for them
         seed=context.recipe.seed,
         disable_tqdm=True,
         report_to=list(context.recipe.report_to) or "none",

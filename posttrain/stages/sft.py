@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,44 @@ from posttrain.rollout.build import load_tokenizer
 from posttrain.rollout.types import Example
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.arguments import optimizer_arguments, world_size
+from posttrain.training.checkpoint import Checkpointer
 from posttrain.training.load import compute_dtype, load_policy
 
 
 class _Metrics(TrainerCallback):
-    """Passes the trainer's log lines on."""
+    """Passes every `every`-th log line on, with the means since the one before.
 
-    def __init__(self, log: Callable[[int, int, dict[str, Any]], None]):
+    The Trainer logs every step and the means are taken here, because a checkpoint between two lines must hold
+    the part of them that is known, and the Trainer's own does not.
+    """
+
+    LAST = ("grad_norm", "learning_rate")
+    HIDDEN = ("epoch", "num_tokens")
+
+    def __init__(self, every: int, log: Callable[[int, int, dict[str, Any]], None]):
+        self.every = every
         self.log = log
+        self._values: dict[str, list[float]] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "loss" in logs and state.is_world_process_zero:
-            metrics = {key: value for key, value in logs.items() if key not in ("epoch", "num_tokens")}
+        if "loss" not in logs or not state.is_world_process_zero:
+            return
+        for key, value in logs.items():
+            if key not in self.HIDDEN:
+                self._values.setdefault(key, []).append(float(value))
+        if state.global_step % self.every == 0:
+            metrics = {
+                key: values[-1] if key in self.LAST else sum(values) / len(values)
+                for key, values in self._values.items()
+            }
+            self._values = {}
             self.log(state.global_step, state.max_steps, metrics)
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return {"values": self._values}, {}
+
+    def load_state_dict(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        self._values = {key: list(numbers) for key, numbers in values["values"].items()}
 
 
 def finetune(
@@ -40,16 +65,18 @@ def finetune(
     examples: Sequence[Example],
     stage: SftStage,
     *,
-    output_dir: Path,
+    output_dir: Path | str,
     seed: int,
     dtype: torch.dtype = torch.float32,
     prompt_format: Any = "auto",
     report_to: Sequence[str] = (),
     log: Callable[[int, int, dict[str, Any]], None] = lambda step, of, metrics: None,
-) -> None:
-    """Train `model` in place on `examples` (demonstrations in `columns["completion"]`).
+    checkpointer: Checkpointer | None = None,
+) -> SFTTrainer:
+    """Train `model` in place on `examples` (demonstrations in `columns["completion"]`); returns its trainer.
 
-    The loss is on completion tokens alone. `log` is called with (step, number of steps, metrics).
+    The loss is on completion tokens alone. `log` is called with (step, number of steps, metrics). With a
+    `checkpointer`, whose `output_dir` is to be given too, training goes on from its newest checkpoint.
 
     Raises:
         DataError: a row has no demonstration, or is longer than `stage.max_length`; rows are never cut.
@@ -77,22 +104,27 @@ def finetune(
         max_length=None,
         completion_only_loss=True,
         gradient_checkpointing=False,
-        logging_steps=stage.log_every,
+        logging_steps=1,
         save_strategy="no",
         seed=seed,
         disable_tqdm=True,
         report_to=list(report_to) or "none",
         **optimizer_arguments(stage.optimizer, dtype=dtype),
     )
+    metrics = _Metrics(stage.log_every, log)
     trainer = SFTTrainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[_Metrics(log)],
+        callbacks=[metrics],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    if checkpointer is None:
+        trainer.train()
+    else:
+        checkpointer.train(trainer, metrics)
+    return trainer
 
 
 def _length(row: dict[str, Any], tokenizer: Any) -> int:
@@ -110,16 +142,18 @@ def run(stage: SftStage, context: StageContext) -> StageResult:
     tokenizer = load_tokenizer(context.model)
     set_seed(context.recipe.seed)
     model = load_policy(context.model)
-    finetune(
+    checkpointer = context.checkpointer(stage)
+    trainer = finetune(
         model,
         tokenizer,
         load_examples(source),
         stage,
-        output_dir=context.folder("checkpoints"),
+        output_dir=checkpointer.output_dir,
         seed=context.recipe.seed,
         dtype=compute_dtype(context.model),
         prompt_format=source.format,
         report_to=context.recipe.report_to,
         log=context.log_step,
+        checkpointer=checkpointer,
     )
-    return context.hand_over(model, tokenizer)
+    return context.hand_over(trainer)

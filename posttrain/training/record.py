@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from posttrain.errors import TrainingError
 from posttrain.rollout.types import Rollout
 
 
@@ -21,12 +25,51 @@ def jsonable(value: Any) -> Any:
     return value
 
 
+def free_space(folder: Path) -> str:
+    """`1.5 GB free on its disk`."""
+    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free on its disk"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, forced to disk and renamed to `path` at the end: a reader never sees half of it.
+
+    Raises:
+        TrainingError: it cannot be written; what was at `path` is untouched.
+    """
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        free = free_space(path.parent)
+        beside.unlink(missing_ok=True)
+        raise TrainingError(f"{path} cannot be written: {error.strerror} ({free})") from error
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file beside and rename it, so that a reader never sees half of it."""
-    beside = path.with_suffix(".tmp")
+    """Write a JSON file as a whole (see `replacing`)."""
     text = json.dumps(content, indent=2, ensure_ascii=False, default=jsonable, allow_nan=False)
-    beside.write_text(text + "\n")
-    beside.replace(path)
+    with replacing(path) as file:
+        file.write((text + "\n").encode())
+
+
+class Clock:
+    """Seconds that a stage has taken, over all attempts at it; work that was lost does not count."""
+
+    def __init__(self) -> None:
+        self.restart(0.0)
+
+    def restart(self, seconds: float) -> None:
+        """Count on from `seconds`."""
+        self._start = time.monotonic() - seconds
+
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.monotonic() - self._start
 
 
 class MetricsFile:
@@ -35,12 +78,32 @@ class MetricsFile:
     def __init__(self, path: Path):
         self.path = path
 
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines; a last one that a kill cut short is left out."""
+        found = []
+        for text in self.path.read_text().splitlines() if self.path.is_file() else []:
+            try:
+                found.append(json.loads(text))
+            except ValueError:
+                break
+        return found
+
+    def cut(self, stage: str, step: int) -> None:
+        """Drop the lines of a stage after `step`, which are about to be written again."""
+        lines = [line for line in self.lines() if line["stage"] != stage or line["step"] <= step]
+        with replacing(self.path) as file:
+            file.writelines(json.dumps(line, allow_nan=False).encode() + b"\n" for line in lines)
+
     def write(self, *, stage: str, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line."""
         line = {"stage": stage, "kind": kind, "step": step, "time": round(time.time(), 3)}
         line |= {key: jsonable(value) for key, value in metrics.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            free = free_space(self.path.parent)
+            raise TrainingError(f"{self.path} cannot be written: {error.strerror} ({free})") from error
 
 
 def rollout_rows(
@@ -89,7 +152,7 @@ def rollout_rows(
 
 
 def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rollout records to a parquet file, beside and renamed."""
+    """Write rollout records to a parquet file (see `replacing`)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -101,6 +164,12 @@ def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
         for name, values in columns.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    pq.write_table(pa.table(arrays), beside)
-    beside.replace(path)
+    with replacing(path) as file:
+        pq.write_table(pa.table(arrays), file)
+
+
+def remove_rollouts(folder: Path, step: int) -> None:
+    """Delete the rollout files of steps after `step`, which are about to be sampled again."""
+    for path in folder.glob("step-*.parquet"):
+        if int(path.stem.split("-")[1]) > step:
+            path.unlink()
