@@ -1,13 +1,14 @@
-"""From rollouts and channels to padded micro-batches of flat completion tokens.
+"""From rollouts and channels to micro-batches of flat completion tokens.
 
-Names of axes: B rows of a micro-batch, L its longest row, N its trained completion tokens, one after the
-other. A loss never sees padding: it gets `[N]` tensors and each token's row.
+Names of axes: B rows of the model's input, L their length, N the trained completion tokens of a micro-batch,
+one after the other. A loss never sees how rows are packed: it gets `[N]` tensors and each token's row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +35,11 @@ class TrainRow:
     reference_logprobs: np.ndarray | None = None
 
     @property
+    def context(self) -> tuple[int, ...]:
+        """What the model must see: everything before the last trained token, at least one token."""
+        return self.token_ids[: max(int(self.positions[-1]), 1) if len(self.positions) else 1]
+
+    @property
     def is_rollout(self) -> bool:
         """Whether the policy sampled this row (else it is supervised text)."""
         return self.sampling_logprobs is not None
@@ -43,16 +49,23 @@ class TrainRow:
 class MicroBatch:
     """Rows that go through the model together.
 
-    `input_ids`, `attention_mask`: [B, L]. `row`, `position`, `targets`: [N], the row of each trained token,
-    the position whose hidden state predicts it, and the token itself.
+    Attributes:
+        rows: in the order of the flat arrays below.
+        inputs: keyword arguments of the model's forward; `input_ids` is [B, L].
+        row: [N] the row of each trained token.
+        targets: [N] the token itself.
+        places: [U] where distinct predictions are made: indices into the B·L hidden states.
+        place_targets: [U] what is predicted there.
+        prediction: [N] the prediction each trained token is; rows with a common prefix share them.
     """
 
     rows: list[TrainRow]
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    inputs: dict[str, Any]
     row: torch.Tensor
-    position: torch.Tensor
     targets: torch.Tensor
+    places: torch.Tensor
+    place_targets: torch.Tensor
+    prediction: torch.Tensor
 
     def flat(self, name: str) -> torch.Tensor:
         """An array of all rows, concatenated: [N] float32 on the micro-batch's device."""
@@ -113,42 +126,100 @@ def supervised_rows(term: LossTerm) -> list[TrainRow]:
     ]
 
 
-def split_rows(rows: Sequence[TrainRow], max_tokens: int) -> list[list[TrainRow]]:
-    """Cut rows into micro-batches of at most `max_tokens` tokens, padding included.
+class Packing(Protocol):
+    """How rows are laid out for the model."""
 
-    Longest first, so that rows of like length share a micro-batch; a single row may exceed the budget.
+    name: str
+
+    def split(self, rows: Sequence[TrainRow], max_tokens: int) -> list[list[TrainRow]]:
+        """Micro-batches of at most `max_tokens` tokens as this packing computes them.
+
+        Depends on nothing but the rows. A single row may exceed the budget.
+        """
+
+    def collate(self, rows: Sequence[TrainRow], device: torch.device) -> MicroBatch:
+        """The tensors of a micro-batch."""
+
+
+class PaddedPacking:
+    """One row of the batch per sequence, padded on the right: any model takes it."""
+
+    name = "padded"
+
+    def split(self, rows: Sequence[TrainRow], max_tokens: int) -> list[list[TrainRow]]:
+        """See `Packing.split`: padding counts. Longest first, so that rows of like length are together."""
+        micro_batches: list[list[TrainRow]] = []
+        for row in sorted(rows, key=lambda row: -len(row.context)):
+            if micro_batches:
+                longest = len(micro_batches[-1][0].context)
+                if longest * (len(micro_batches[-1]) + 1) <= max_tokens:
+                    micro_batches[-1].append(row)
+                    continue
+            micro_batches.append([row])
+        return micro_batches
+
+    def collate(self, rows: Sequence[TrainRow], device: torch.device) -> MicroBatch:
+        """See `Packing.collate`."""
+        contexts = [row.context for row in rows]
+        length = max(map(len, contexts))
+        input_ids = torch.zeros((len(rows), length), dtype=torch.long)
+        attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
+        for index, context in enumerate(contexts):
+            input_ids[index, : len(context)] = torch.tensor(context)
+            attention_mask[index, : len(context)] = 1
+        inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+        paths = [index * length + np.arange(len(context)) for index, context in enumerate(contexts)]
+        return flat_batch(rows, inputs, paths, device)
+
+
+class PaddingFreePacking:
+    """All sequences one after the other in one row, position ids starting again with each.
+
+    transformers tells flash attention from them where a sequence begins.
     """
-    micro_batches: list[list[TrainRow]] = []
-    for row in sorted(rows, key=lambda row: -len(row.token_ids)):
-        if micro_batches:
-            longest = len(micro_batches[-1][0].token_ids)
-            if longest * (len(micro_batches[-1]) + 1) <= max_tokens:
+
+    name = "padding-free"
+
+    def split(self, rows: Sequence[TrainRow], max_tokens: int) -> list[list[TrainRow]]:
+        """See `Packing.split`: the tokens of all rows count."""
+        micro_batches: list[list[TrainRow]] = []
+        used = 0
+        for row in rows:
+            if micro_batches and used + len(row.context) <= max_tokens:
                 micro_batches[-1].append(row)
-                continue
-        micro_batches.append([row])
-    return micro_batches
+            else:
+                micro_batches.append([row])
+                used = 0
+            used += len(row.context)
+        return micro_batches
+
+    def collate(self, rows: Sequence[TrainRow], device: torch.device) -> MicroBatch:
+        """See `Packing.collate`."""
+        lengths = [len(row.context) for row in rows]
+        starts = np.cumsum([0, *lengths[:-1]])
+        tokens = np.concatenate([np.asarray(row.context) for row in rows])
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        inputs = {
+            "input_ids": torch.from_numpy(tokens)[None].to(device),
+            "position_ids": torch.from_numpy(positions)[None].to(device),
+        }
+        paths = [start + np.arange(length) for start, length in zip(starts, lengths, strict=True)]
+        return flat_batch(rows, inputs, paths, device)
 
 
-def collate(rows: Sequence[TrainRow], pad_token_id: int, device: torch.device) -> MicroBatch:
-    """Right-padded tensors of a micro-batch."""
-    length = max(len(row.token_ids) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row.token_ids)] = torch.tensor(row.token_ids)
-        attention_mask[index, : len(row.token_ids)] = 1
-    row_of_token = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(row.positions) for row in rows]))
-    token_at = torch.from_numpy(np.concatenate([row.positions for row in rows]))
-    return MicroBatch(
-        rows=list(rows),
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
-        row=row_of_token.to(device),
-        position=(token_at - 1).to(device),
-        targets=input_ids[row_of_token, token_at].to(device),
-    )
+def flat_batch(
+    rows: Sequence[TrainRow], inputs: dict[str, Any], paths: Sequence[np.ndarray], device: torch.device
+) -> MicroBatch:
+    """A micro-batch from the model's inputs and the place of every row's tokens in them."""
+    places = np.concatenate([path[row.positions - 1] for row, path in zip(rows, paths, strict=True)])
+    targets = np.concatenate([np.asarray(row.token_ids, dtype=np.int64)[row.positions] for row in rows])
+    pairs = places * (targets.max(initial=0) + 1) + targets
+    _, first, prediction = np.unique(pairs, return_index=True, return_inverse=True)
+    numbers = np.repeat(np.arange(len(rows)), [len(row.positions) for row in rows])
+    arrays = (numbers, targets, places[first], targets[first], prediction)
+    return MicroBatch(list(rows), inputs, *(torch.from_numpy(array).to(device) for array in arrays))
 
 
-def empty_row(pad_token_id: int) -> TrainRow:
+def empty_row() -> TrainRow:
     """A row without a trained token: it pads a rank's number of micro-batches where collectives need it."""
-    return TrainRow(token_ids=(pad_token_id, pad_token_id), positions=np.zeros(0, dtype=np.int64))
+    return TrainRow(token_ids=(0,), positions=np.zeros(0, dtype=np.int64))

@@ -60,6 +60,65 @@ def output_head(model: Any) -> OutputHead:
     return OutputHead(head.weight, getattr(head, "bias", None), softcap, scale)
 
 
+@dataclass
+class Scoring:
+    """What a `ChunkedHead` is asked for during one forward pass.
+
+    Attributes:
+        places: [N] which of the hidden states, counted over batch and length.
+        targets: [N] the tokens they predict.
+        temperature: see `chunked_logprobs`, as for `softcap` and `scale`.
+        train_entropy: whether the entropies get a gradient.
+        dtype: set by the head: the type that the model computes in, for who must know how it rounds.
+    """
+
+    places: torch.Tensor
+    targets: torch.Tensor
+    temperature: float = 1.0
+    softcap: float | None = None
+    scale: float = 1.0
+    train_entropy: bool = False
+    dtype: torch.dtype | None = None
+
+
+class ChunkedHead(torch.nn.Linear):
+    """An output head that can give log-probs instead of logits.
+
+    It holds the parameters of the layer it replaces. Being called inside the model's forward, it finds its
+    weight whole where a launcher shards it (FSDP, ZeRO-3): their hooks gather it around this module's forward
+    and backward. Without `scoring` it is the linear layer it replaces.
+    """
+
+    def __init__(self, head: torch.nn.Linear):
+        has_bias = head.bias is not None
+        super().__init__(head.in_features, head.out_features, bias=has_bias, device="meta")
+        self.weight = head.weight
+        if has_bias:
+            self.bias = head.bias
+        self.train(head.training)
+        self.scoring: Scoring | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., H]; with `scoring`, log-probs and entropies [1, N, 2]."""
+        scoring = self.scoring
+        if scoring is None:
+            return super().forward(hidden)
+        device_type = hidden.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        scoring.dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+        logprobs, entropy = chunked_logprobs(
+            hidden.flatten(0, -2).index_select(0, scoring.places),
+            self.weight,
+            scoring.targets,
+            temperature=scoring.temperature,
+            bias=self.bias,
+            softcap=scoring.softcap,
+            scale=scoring.scale,
+        )
+        # One tensor, because models go on computing with what their head returns.
+        return torch.stack([logprobs, entropy if scoring.train_entropy else entropy.detach()], -1)[None]
+
+
 def chunked_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,

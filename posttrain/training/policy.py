@@ -30,16 +30,22 @@ from posttrain.rollout.types import Rollout, RolloutBatch, derive_seed
 from posttrain.training.advantages import BatchStats, batch_moments, compute_advantages, default_scale
 from posttrain.training.batch import (
     MicroBatch,
+    Packing,
     TrainRow,
-    collate,
     empty_row,
     rollout_row,
-    split_rows,
     supervised_rows,
 )
 from posttrain.training.buffer import PendingBatch, State, Tensors, UpdateBatch
 from posttrain.training.collect import SOLUTION, Collected, Collector
-from posttrain.training.forward import Reference, check_output_head, policy_logprobs
+from posttrain.training.distributed import check_backend
+from posttrain.training.forward import (
+    Reference,
+    choose_packing,
+    policy_logprobs,
+    prepare_model,
+    verify_packing,
+)
 from posttrain.training.health import WeightsWatch, check_sync, finite_gradients, rollout_metrics
 from posttrain.training.losses import Denominators, Stats, mean_stats, merge_stats
 from posttrain.training.objective import objective
@@ -89,6 +95,7 @@ class PolicyTrainer(Trainer):
             model=model, args=arguments, processing_class=tokenizer, callbacks=[_AroundUpdate(self)]
         )
         self.remove_callback(PrinterCallback)
+        check_backend(self.accelerator)
         if arguments.gradient_accumulation_steps != 1:
             raise TrainingError("gradient_accumulation_steps must be 1: micro_batch_tokens cuts the batch")
         self.collector = collector
@@ -101,6 +108,8 @@ class PolicyTrainer(Trainer):
         self.bad_batches = bad_batches or Path(arguments.output_dir) / "bad_batches"
         self.on_rollouts = on_rollouts
         self.on_log = on_log
+        prepare_model(self.policy)
+        self.packing: Packing | None = None
         self.watch = WeightsWatch(self.policy)
         self.totals = Tally()
         self._batch: UpdateBatch | None = None
@@ -136,6 +145,9 @@ class PolicyTrainer(Trainer):
     ) -> torch.Tensor:
         """One optimiser step's gradients; the first on a rollout batch also samples and scores the batch."""
         model.train()
+        if self.packing is None:
+            device = self.accelerator.device
+            self.packing = verify_packing(model, self.policy, choose_packing(self.policy), device)
         # The Trainer's own counter, not the loader's item: it is what a checkpoint goes on from.
         step, update = divmod(self.state.global_step, self.stage.updates_per_batch)
         if update == 0:
@@ -183,8 +195,6 @@ class PolicyTrainer(Trainer):
             metrics=tally,
             contexts=contexts,
         )
-        if step == 0 and rows:
-            check_output_head(self.policy, self._collate(batch.micro_batches[0]))
         self._fill_logprobs(model, batch)
         rollout_metrics(tally, collected, rows)
         self.on_rollouts(StepRecord(step * self.stage.updates_per_batch + 1, collected, channels))
@@ -289,18 +299,15 @@ class PolicyTrainer(Trainer):
 
     def _micro_batches(self, rows: Sequence[TrainRow]) -> list[list[TrainRow]]:
         """Micro-batches, as many on every rank: collectives run once per micro-batch."""
-        micro_batches = split_rows(rows, self.stage.micro_batch_tokens)
+        assert self.packing is not None
+        micro_batches = self.packing.split(rows, self.stage.micro_batch_tokens)
         count = torch.tensor([len(micro_batches)], device=self.accelerator.device)
         most = max(int(self.accelerator.gather(count).max()), 1)
-        return micro_batches + [[empty_row(self._pad)]] * (most - len(micro_batches))
-
-    @property
-    def _pad(self) -> int:
-        tokenizer = self.processing_class
-        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return micro_batches + [[empty_row()]] * (most - len(micro_batches))
 
     def _collate(self, rows: Sequence[TrainRow]) -> MicroBatch:
-        return collate(rows, self._pad, self.accelerator.device)
+        assert self.packing is not None
+        return self.packing.collate(rows, self.accelerator.device)
 
     def _fill_logprobs(self, model: Any, batch: UpdateBatch) -> None:
         """Log-probs that stay fixed over the updates on a batch: the old policy's and the reference's.
@@ -326,7 +333,13 @@ class PolicyTrainer(Trainer):
                         row.reference_logprobs = part
 
     def _logprobs(self, model: Any, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        return policy_logprobs(model, self.policy, micro, temperature=self.rollout.temperature)
+        return policy_logprobs(
+            model,
+            self.policy,
+            micro,
+            temperature=self.rollout.temperature,
+            train_entropy=self.stage.loss.entropy != 0,
+        )
 
     def _update(self, model: Any, batch: UpdateBatch, *, first: bool) -> torch.Tensor:
         """Forward and backward of every micro-batch. The mean over ranks of what it returns is the loss."""
@@ -487,10 +500,13 @@ METRIC_NAMES = {
 
 
 class _AroundUpdate(TrainerCallback):
-    """Calls back right before and after the optimiser steps."""
+    """Calls back before the first step, and right before and after the optimiser steps."""
 
     def __init__(self, trainer: PolicyTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.watch.begin(self.trainer.policy)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.before_optimizer_step()
