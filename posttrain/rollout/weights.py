@@ -82,9 +82,9 @@ def _gathered(weights: list[Any]) -> AbstractContextManager[None]:
     split = [weight for weight in weights if _is_zero3(weight)]
     if not split:
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters(split)
+    return deepspeed.zero.GatheredParameters(split)
 
 
 def _is_zero3(weight: Any) -> bool:

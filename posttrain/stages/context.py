@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import Trainer
 
 from posttrain.recipe.schema import ModelConfig, PolicyStage, Recipe, SftStage
+from posttrain.rollout.weights import saved_weights
 from posttrain.training.checkpoint import Checkpointer
 from posttrain.training.manifest import STAGING, publish
 from posttrain.training.ranks import on_first_rank
@@ -81,18 +83,26 @@ class StageContext:
             self.say(f"   resumed from {checkpointer.start}")
 
     def hand_over(self, trainer: Trainer, summary: dict[str, Any] | None = None) -> StageResult:
-        """Save the model or its adapter under `models/<stage>`, in the ordinary format."""
+        """Save the model or its adapter under `models/<stage>`, in the ordinary format.
+
+        Every process calls this: the model may be split over them.
+        """
         models = self.run_dir / "models"
         staged, folder = models / STAGING / self.name, models / self.name
-        trainer.save_model(str(staged))
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        is_adapted = isinstance(policy, PeftModel)
+        weights = saved_weights(policy, keep=self.rank == 0)
 
         def finish() -> None:
-            (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            # Not the adapter that KL keeps as its reference.
+            only = {"selected_adapters": policy.active_adapters} if is_adapted else {}
+            policy.save_pretrained(staged, state_dict=weights, **only)
+            trainer.processing_class.save_pretrained(staged)
             publish(staged, folder)
             shutil.rmtree(models / STAGING)
 
         on_first_rank(finish)
-        if hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"):
+        if is_adapted:
             trained = self.model.model_copy(update={"adapter": str(folder)})
         else:
             trained = self.model.model_copy(update={"path": str(folder), "revision": None})

@@ -19,6 +19,7 @@ from posttrain.rollout.types import Example
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.arguments import optimizer_arguments
 from posttrain.training.collect import Collector
+from posttrain.training.distributed import splits_weights
 from posttrain.training.load import compute_dtype, load_policy, load_reference
 from posttrain.training.policy import PolicyTrainer, StepRecord
 from posttrain.training.prompts import PromptOrder
@@ -41,8 +42,12 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
     dtype = compute_dtype(context.model)
     checkpointer = context.checkpointer(stage, stage.updates_per_batch)
     arguments = _arguments(stage, context, dtype, checkpointer.output_dir)
-    model.to(arguments.device)
-    engine = build_engine(recipe.rollout, context.model, tokenizer, model=model, seed=recipe.seed)
+    if splits_weights():  # into pieces that each process puts on its device itself
+        options: dict[str, Any] = {"own_weights": True}
+    else:
+        model.to(arguments.device)
+        options = {"model": model}
+    engine = build_engine(recipe.rollout, context.model, tokenizer, seed=recipe.seed, **options)
     try:
         with Scorer(recipe.rewards, recipe.reward_options) as scorer:
             room = engine.max_model_len - recipe.rollout.max_tokens

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, disable_fsdp_ram_efficient_loading
-from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils import strtobool
 
 from posttrain.errors import TrainingError
@@ -65,15 +64,6 @@ def splits_weights() -> bool:
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         return DeepSpeedPlugin().zero_stage == 3
     return _asked("ACCELERATE_USE_FSDP")
-
-
-def load_whole() -> None:
-    """From now on models are loaded whole in every process; they are split when training begins.
-
-    A ZeRO-3 stage of the same run leaves its configuration behind, and transformers would split every model
-    that is loaded after it, the ones that are to generate by themselves too.
-    """
-    unset_hf_deepspeed_config()
 
 
 def check_backend(accelerator: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from posttrain.errors import TrainingError
+from posttrain.rollout.weights import whole
 from posttrain.training.advantages import zero_variance
 from posttrain.training.batch import TrainRow
 from posttrain.training.collect import SOLUTION, Collected
@@ -39,7 +40,11 @@ class WeightsWatch:
         """Raises TrainingError when no parameter is trainable."""
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise TrainingError("no parameter of the model is trainable")
-        self.before: torch.Tensor | None = self._fingerprint(model)
+        self.before: torch.Tensor | None = None
+
+    def begin(self, model: Any) -> None:
+        """Called when the weights are where they will be trained: from here on they are expected to change."""
+        self.before = self._fingerprint(model)
 
     def after_step(self, model: Any, learning_rate: float, step: int) -> None:
         """Called after optimiser steps that had a gradient, until one had a learning rate.
@@ -58,13 +63,13 @@ class WeightsWatch:
 
     @staticmethod
     def _fingerprint(model: Any) -> torch.Tensor:
-        """Sum and sum of squares of every trainable tensor, in float64."""
-        sums = [
-            torch.stack([p.detach().double().sum(), p.detach().double().square().sum()])
-            for p in model.parameters()
-            if p.requires_grad
-        ]
-        return torch.stack([total.cpu() for total in sums])
+        """Sum and sum of squares of every trainable tensor, in float64; a collective where they are split."""
+        sums = []
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                values = whole(parameter).double()
+                sums.append(torch.stack([values.sum(), values.square().sum()]).cpu())
+        return torch.stack(sums)
 
 
 def finite_gradients(model: Any) -> bool:
