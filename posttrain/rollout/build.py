@@ -49,8 +49,8 @@ def load_model(model: ModelConfig, *, trainable: bool = False) -> PreTrainedMode
         DataError: nothing at this path, or no causal language model or adapter in it.
     """
     location = _location(model)
-    # A ZeRO-3 stage of the same run leaves its configuration behind, with which transformers would split every
-    # model over the processes while it is loaded, the ones that are to generate by themselves too.
+    # A ZeRO-3 stage of the same run leaves its configuration behind, with which transformers would split
+    # every model over the processes while it is loaded, the ones that are to generate by themselves too.
     unset_hf_deepspeed_config()
     try:
         base = AutoModelForCausalLM.from_pretrained(

@@ -43,7 +43,7 @@ class WeightsWatch:
         self.before: torch.Tensor | None = None
 
     def begin(self, model: Any) -> None:
-        """Called when the weights are where they will be trained: from here on they are expected to change."""
+        """Called when the weights are where they will be trained; from here on they are to change."""
         self.before = self._fingerprint(model)
 
     def after_step(self, model: Any, learning_rate: float, step: int) -> None:
