@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import RolloutError
+from posttrain.rollout.attention import decode_attention
 from posttrain.rollout.cache import can_fork, decoding_cache
 from posttrain.rollout.engine import check_requests, fork_requests
 from posttrain.rollout.sampling import RowSampler
@@ -70,7 +71,7 @@ class TransformersEngine:
         # Rows of like length share a wave, so that little of it is padding, and so do those of one host.
         rows.sort(key=lambda row: _place(requests[row.request], hosts))
         answers: list[dict[int, Completion]] = [{} for _ in requests]
-        with _inference(self._model):
+        with _inference(self._model), decode_attention(self._model):
             for start in range(0, len(rows), self._batch_size):
                 wave = rows[start : start + self._batch_size]
                 for row, completion in zip(wave, self._decode(requests, wave, hosts), strict=True):
