@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -103,6 +104,7 @@ class Checkpointer(TrainerCallback):
             trainer.train(resume_from_checkpoint=str(self.start) if self.start else None)
         if trainer.state.global_step < trainer.state.max_steps:
             self.stop.check()
+        on_first_rank(lambda: shutil.rmtree(self.output_dir, ignore_errors=True))
 
     # --- called by the Trainer -------------------------------------------------------------------------
 
@@ -177,6 +179,10 @@ class Checkpointer(TrainerCallback):
     def _explain_failures(self) -> Iterator[None]:
         try:
             yield
+        except UnpicklingError as error:
+            raise TrainingError(
+                f"{self.start} is not loaded: a file in it is to run code when read, which no checkpoint needs"
+            ) from error
         except (OSError, RuntimeError, SafetensorError) as error:
             if not self._saving:
                 raise

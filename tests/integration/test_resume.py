@@ -1,0 +1,281 @@
+"""Runs that are killed or stopped anywhere and resumed end as if nothing had happened: bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import make_tiny_model
+
+KILLS = 20
+RECIPE = """
+name: {name}
+output_dir: runs
+model: {{path: model{model}}}
+data:
+  train: {{task: arithmetic, size: 40, split: train, args: {{max_terms: 3, min_terms: 3}}}}
+  eval: {{task: arithmetic, size: 4, split: test, args: {{max_terms: 3, min_terms: 3}}}}
+rollout: {{max_tokens: 10, max_model_len: 96, stop: [a, b, c, d, e, f, g, h, i, j, k, A, B, C, D, "+", "="]}}
+rewards: {rewards}
+stages:
+  - sft: {{epochs: 1.2, batch_size: 16, save_steps: {save}, log_every: 2, optimizer: {{learning_rate: 1e-3}}}}
+  - policy:
+      steps: {steps}
+      prompts_per_step: 3
+      group_size: 4
+      updates_per_batch: {updates}
+      save_steps: {save}
+      loss: {{kl: {kl}}}
+      methods: ["methods.py:Remembering"]
+      optimizer: {{learning_rate: 1e-3, schedule: linear}}
+  - evaluate: {{}}
+"""
+METHOD = '''
+from posttrain.methods.base import Channel, Method
+
+
+class Remembering(Method):
+    """A channel of rewards minus their mean over all steps so far, which it has to remember."""
+
+    name = "remembering"
+    sum, count = 0.0, 0
+
+    def channels(self, batch, context):
+        rewards = {rollout.id: rollout.reward for rollout in batch}
+        self.sum, self.count = self.sum + sum(rewards.values()), self.count + len(rewards)
+        mean = self.sum / self.count
+        noise = context.rng.normal(0, 0.1)
+        return [Channel("surprise", {key: value - mean + noise for key, value in rewards.items()}, 0.5)]
+
+    def state_dict(self):
+        return {"sum": self.sum, "count": self.count}
+
+    def load_state_dict(self, state):
+        self.sum, self.count = state["sum"], state["count"]
+'''
+IN_PROCESS = "[{name: length_penalty, args: {max_tokens: 10, buffer: 10}}]"
+WORKERS = '[{name: length_penalty, args: {max_tokens: 10, buffer: 10}}, "rewards.py:digits"]'
+REWARD = """
+def digits(completions, **columns):
+    return [sum(x.isdigit() for x in str(text)) / 10 for text in completions]
+"""
+
+
+@dataclass
+class Ended:
+    """A run that has come to an end."""
+
+    code: int
+    output: str
+    spans: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Server:
+    """The process that forks runs, and the folder they work in."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        script = Path(__file__).with_name("run_server.py")
+        self.process = subprocess.Popen(
+            [sys.executable, script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def run(self, *arguments: str, trigger: dict[str, Any] | None = None) -> Ended:
+        output = self.folder / "output.txt"
+        output.write_text("")
+        job = {"arguments": arguments, "folder": str(self.folder), "output": str(output), "trigger": trigger}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        self.process.stdout.readline()
+        answer = json.loads(self.process.stdout.readline())
+        return Ended(answer["code"], output.read_text(), answer["spans"])
+
+    def train(self, name: str, *, trigger: dict[str, Any] | None = None, **options: Any) -> Ended:
+        values = {"model": "", "rewards": IN_PROCESS, "steps": 3, "updates": 2, "save": 1, "kl": 0}
+        (self.folder / f"{name}.yaml").write_text(RECIPE.format(name=name, **values | options))
+        return self.run("train", f"{name}.yaml", trigger=trigger)
+
+    def resume(self, name: str, trigger: dict[str, Any] | None = None) -> Ended:
+        return self.run("resume", f"runs/{name}", trigger=trigger)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("resume")
+    make_tiny_model(folder / "model")
+    (folder / "methods.py").write_text(METHOD)
+    (folder / "rewards.py").write_text(REWARD)
+    server = Server(folder)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def straight(server) -> tuple[Ended, dict[str, Any]]:
+    """A run that nothing happened to: how it went, and what it left."""
+    done = server.train("straight")
+    assert done.code == 0, done.output
+    return done, traces(server.folder / "runs" / "straight")
+
+
+def traces(run: Path) -> dict[str, Any]:
+    """All that a run computed: hashes of the models, metrics, rollouts. Only times are left out."""
+    kept: dict[str, Any] = {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(run.glob("models/*/*.safetensors"))
+    }
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        times = [key for key in metrics if key == "time" or key.startswith("seconds/")]
+        kept[f"{metrics['stage']} {metrics['step']}"] = {k: metrics[k] for k in metrics if k not in times}
+    for path in sorted(run.glob("rollouts/*/*.parquet")):
+        kept[str(path.relative_to(run))] = pq.read_table(path).to_pylist()
+    summary = json.loads((run / "summary.json").read_text())
+    kept["tokens"] = summary["tokens_sampled"], summary["tokens_trained"]
+    return kept
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name] == value, name
+
+
+def test_the_straight_run_has_something_to_lose(straight):
+    """Every step has a loss and a gradient, and the weights change in both training stages."""
+    _, kept = straight
+    steps = [value for name, value in kept.items() if name.startswith("02-policy ")]
+    assert len(steps) == 6
+    assert all(abs(step["loss"]) > 0 and step["grad_norm"] > 0 for step in steps)
+    weights = [value for name, value in kept.items() if name.endswith("model.safetensors")]
+    assert len(set(weights)) == 2
+
+
+def test_killed_anywhere(server, straight):
+    """20 seeded instants: in generation, scoring, backward, while a checkpoint is written or published."""
+    done, expected = straight
+    chance = random.Random(0)
+    names = list(done.spans)
+    assert set(names) == {"generate", "score", "backward", "save", "publish"}
+    for number in range(KILLS):
+        point = names[number % len(names)]
+        call = chance.randrange(len(done.spans[point]))
+        delay = chance.random() * done.spans[point][call]
+        trigger = {"point": point, "call": call, "delay": delay, "signal": signal.SIGKILL}
+        name = f"killed-{number}"
+        killed = server.train(name, trigger=trigger)
+        assert killed.code == -signal.SIGKILL, (trigger, killed.output)
+        resumed = server.resume(name)
+        assert resumed.code == 0, (trigger, resumed.output)
+        assert_same(traces(server.folder / "runs" / name), expected)
+        assert not list((server.folder / "runs" / name).rglob(".writing*"))
+
+
+def test_stopped_after_every_update(server, straight):
+    """One update a process: with two updates on a batch, every other checkpoint holds a half-used batch."""
+    _, expected = straight
+    trigger = {"point": "backward", "call": 0, "delay": 0, "signal": signal.SIGTERM}
+    stopped = server.train("stopped", save="null", trigger=trigger)
+    run = server.folder / "runs" / "stopped"
+    attempts = 1
+    while stopped.code != 0:
+        assert stopped.code == 143, stopped.output
+        assert "Traceback" not in stopped.output
+        assert stopped.output.rstrip().endswith("Stopped by SIGTERM. To go on: posttrain resume runs/stopped")
+        attempts += 1
+        stopped = server.resume("stopped", trigger)
+    # The last update of a stage needs no checkpoint: the stage ends, and then the run stops.
+    assert attempts == 3 + 6 + 1
+    assert [path.name for path in sorted(run.glob("checkpoints/02-policy/*"))] == [
+        "step-000004",
+        "step-000005",
+    ]
+    assert_same(traces(run), expected)
+    log = (run / "logs" / "run.log").read_text()
+    assert "resumed from runs/stopped/checkpoints/02-policy/step-000003" in log
+    assert log.count("stopped by SIGTERM") == attempts - 1
+
+
+def test_worker_processes_and_adapters(server):
+    """Rewards in processes of their own; LoRA with a frozen copy of the adapter as the reference."""
+    options = {"model": ", lora: {r: 4}", "rewards": WORKERS, "kl": 0.1, "steps": 2}
+    assert server.train("adapter", **options).code == 0
+    expected = traces(server.folder / "runs" / "adapter")
+    for call in (1, 4):
+        trigger = {"point": "backward", "call": 2 + call, "delay": 0, "signal": signal.SIGKILL}
+        name = f"adapter-{call}"
+        assert server.train(name, **options, trigger=trigger).code == -signal.SIGKILL
+        resumed = server.resume(name)
+        assert resumed.code == 0, resumed.output
+        assert_same(traces(server.folder / "runs" / name), expected)
+
+
+def test_checkpoints_load_without_posttrain(server, straight):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    runs = server.folder / "runs"
+    full = sorted((runs / "straight/checkpoints/02-policy").iterdir())[-1]
+    model = AutoModelForCausalLM.from_pretrained(full)
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+    adapter = sorted((runs / "adapter/checkpoints/02-policy").iterdir())[-1]
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    assert any("lora_B" in name and parameter.any() for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(server, straight, damage):
+    _, expected = straight
+    trigger = {"point": "publish", "call": 5, "delay": 0, "signal": signal.SIGKILL}
+    assert server.train(damage, trigger=trigger).code == -signal.SIGKILL
+    run = server.folder / "runs" / damage
+    newest = sorted((run / "checkpoints/02-policy").iterdir())[-1]
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    if damage == "cut":
+        del content[-100:]
+        problem = f"model.safetensors has {len(content)} bytes instead of {len(content) + 100}"
+    else:
+        content[len(content) // 2] ^= 1
+        problem = "model.safetensors is not what was written: its SHA-256 differs"
+    weights.write_bytes(content)
+    resumed = server.resume(damage)
+    assert resumed.code == 0, resumed.output
+    where = newest.relative_to(server.folder)
+    assert f"checkpoint {where} is damaged and not used: {problem}\n" in resumed.output
+    assert_same(traces(run), expected)
+
+
+def test_a_finished_run_is_left_alone(server, straight):
+    resumed = server.resume("straight")
+    assert (resumed.code, resumed.output) == (0, "The run in runs/straight is finished.\n")
+
+
+def test_what_cannot_be_resumed(server, straight):
+    none = server.run("resume", "runs/none")
+    assert none.code == 2
+    assert none.output == "runs/none is not the folder of a run that can be resumed: it has no state.json\n"
