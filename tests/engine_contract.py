@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from posttrain.errors import RolloutError
-from posttrain.rollout.engine import RolloutEngine
+from posttrain.rollout.engine import RolloutEngine, require_finite
 from posttrain.rollout.types import (
     Completion,
     Example,
@@ -376,6 +377,19 @@ class EngineContract:
         assert fingerprint(adapted) == before
         with pytest.raises(AssertionError), adapted.disable_adapter():
             assert_sampled_from(adapted, MIXED, answers, tolerance=0.05)
+
+    def test_log_probs_of_broken_weights_are_not_finite(
+        self, engine: RolloutEngine, policy: PreTrainedModel
+    ) -> None:
+        require_finite(MIXED, engine.generate(MIXED))
+        with torch.no_grad():
+            policy.model.norm.weight[0] = torch.nan
+        engine.sync(policy)
+        answers = engine.generate(MIXED)
+        assert [len(completions) for completions in answers] == [r.sampling.n for r in MIXED]
+        assert not math.isfinite(sum(answers[1][0].logprobs))
+        with pytest.raises(RolloutError, match=r"log-probs of example '1\+2=' are not finite"):
+            require_finite(MIXED, answers)
 
     def test_forks_continue_as_their_prompt_and_prefix_would(
         self, engine: RolloutEngine, policy: PreTrainedModel

@@ -75,6 +75,7 @@ def sample(args: argparse.Namespace, examples: list[Example]) -> list[list[Compl
     """`args.n` completions of every example."""
     from posttrain.data.prompts import encode_prompt
     from posttrain.rollout.build import build_engine, load_tokenizer
+    from posttrain.rollout.engine import require_finite
 
     model = ModelConfig(path=args.model)
     tokenizer = load_tokenizer(model)
@@ -94,7 +95,9 @@ def sample(args: argparse.Namespace, examples: list[Example]) -> list[list[Compl
     ]
     engine = build_engine(RolloutConfig(engine=args.engine), model, tokenizer, seed=args.seed)
     try:
-        return engine.generate(requests)
+        answers = engine.generate(requests)
+        require_finite(requests, answers)
+        return answers
     finally:
         engine.close()
 

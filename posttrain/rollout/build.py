@@ -78,12 +78,15 @@ def build_engine(
     tokenizer: PreTrainedTokenizerBase,
     *,
     model: PreTrainedModel | PeftModel | None = None,
+    own_weights: bool = False,
     seed: int = 0,
 ) -> RolloutEngine:
     """The engine that `rollout.engine` names.
 
     `model` is the trainer's live model: the transformers engine samples from it where it is. Without one the
-    engine loads `model_config.path` itself, and vLLM does so in any case, until the first `sync`.
+    engine loads `model_config.path` itself, and vLLM does so in any case, until the first `sync`. With
+    `own_weights` it does so, too, and a `sync` copies: for a policy that is split over processes, or trained
+    while the engine generates.
     """
     if rollout.engine == "vllm":
         from posttrain.rollout.vllm import VllmEngine
@@ -105,10 +108,16 @@ def build_engine(
         return engine
     from posttrain.rollout.transformers import TransformersEngine
 
-    if model is None:
+    if model is None or own_weights:
         model = load_model(model_config).to(torch.accelerator.current_accelerator() or "cpu")
+        if own_weights and isinstance(model, PeftModel):
+            model = model.merge_and_unload()  # what a `sync` brings is merged
     return TransformersEngine(
-        model, tokenizer, max_model_len=rollout.max_model_len, batch_size=rollout.batch_size
+        model,
+        tokenizer,
+        max_model_len=rollout.max_model_len,
+        batch_size=rollout.batch_size,
+        own_weights=own_weights,
     )
 
 

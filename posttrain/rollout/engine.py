@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -24,7 +25,8 @@ class RolloutEngine(Protocol):
         """Complete every request `sampling.n` times.
 
         Order is kept, and requests of one call may differ in every sampling field. The same weights,
-        requests and seeds give the same completions.
+        requests and seeds give the same completions. Log-probs are those of the model, finite or not: see
+        `require_finite`.
 
         Raises:
             RolloutError: a prompt is empty, or does not fit with at least one new token.
@@ -102,3 +104,17 @@ def fork_requests(rollout: Rollout, cuts: Sequence[int], n: int, sampling: Sampl
         )
         for cut in cuts
     ]
+
+
+def require_finite(requests: Sequence[RolloutRequest], answers: Sequence[Sequence[Completion]]) -> None:
+    """Refuse an engine's answers if the model that gave them is broken.
+
+    Raises:
+        RolloutError: a log-prob is not finite; names the example.
+    """
+    for request, completions in zip(requests, answers, strict=True):
+        if not all(math.isfinite(value) for completion in completions for value in completion.logprobs):
+            raise RolloutError(
+                f"log-probs of example {request.example.id!r} are not finite: the model's weights or its "
+                "activations are broken"
+            )

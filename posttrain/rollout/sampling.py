@@ -48,7 +48,7 @@ def draw(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     total = cumulative[:, -1:]
     threshold = (uniforms[:, None] * total.double()).long()
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    # Only non-finite log-probs lead past the end; the engine reports them, an index error would not.
+    # Only non-finite log-probs lead past the end; they are for the caller to see, not for an index error.
     return tokens.clamp_(max=logprobs.shape[-1] - 1)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from posttrain.errors import PosttrainError, RolloutError
+from posttrain.errors import PosttrainError
 from posttrain.rollout.types import Completion
 
 
@@ -55,13 +54,7 @@ def make_completions(
     logprobs: Sequence[list[float]],
     stopped: Sequence[bool],
 ) -> list[Completion]:
-    """Completions from token ids, their log-probs, and whether they stopped by themselves.
-
-    Raises:
-        RolloutError: a log-prob is not finite.
-    """
-    if not all(math.isfinite(value) for row in logprobs for value in row):
-        raise RolloutError("the policy's log-probs are not finite: its weights or its activations are broken")
+    """Completions from token ids, their log-probs, and whether they stopped by themselves."""
     return [
         Completion(tuple(tokens), tuple(values), "stop" if ended else "length", text)
         for tokens, values, ended, text in zip(

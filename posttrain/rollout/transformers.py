@@ -1,8 +1,9 @@
 """The embedded engine: samples from a live transformers model, in training the trainer's own.
 
-There is nothing to copy at a sync, and the log-probs are the trainer's up to rounding. A call is cut into
-waves of `batch_size` rows. A wave prefills its prompts, but no prompt that another one begins with, copies
-the cache for the completions, and decodes token by token; a row leaves the batch at the step it finishes.
+Then there is nothing to copy at a sync, and the log-probs are the trainer's up to rounding. A call is cut
+into waves of `batch_size` rows. A wave prefills its prompts, but no prompt that another one begins with,
+copies the cache for the completions, and decodes token by token; a row leaves the batch at the step it
+finishes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from posttrain.rollout.tokens import (
     visible_ids,
 )
 from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling
+from posttrain.rollout.weights import named_weights
 
 Prompt = tuple[int, ...]
 
@@ -44,6 +46,8 @@ class TransformersEngine:
         tokenizer: turns token ids into text, and tells the end-of-sequence token beside the model's own.
         max_model_len: longest prompt plus completion; None is the model's limit.
         batch_size: rows decoded together. Sets memory and speed, never the result.
+        own_weights: `model` is the engine's alone and has no adapters; `sync` copies weights into it. For a
+            policy that is split over processes, and for generating while the policy is trained.
     """
 
     def __init__(
@@ -53,12 +57,14 @@ class TransformersEngine:
         *,
         max_model_len: int | None = None,
         batch_size: int = 256,
+        own_weights: bool = False,
     ) -> None:
         self.version = 0
         self.max_model_len = max_model_len or model_context(model.config)
         self._model: PreTrainedModel | None = model
         self._tokenizer = tokenizer
         self._batch_size = batch_size
+        self._own_weights = own_weights
         self._eos = end_of_sequence_ids(model.generation_config, tokenizer)
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[list[Completion]]:
@@ -85,10 +91,17 @@ class TransformersEngine:
         return self.generate(fork_requests(rollout, cuts, n, sampling))
 
     def sync(self, model: PreTrainedModel) -> None:
-        """Sample from `model` from now on. Its weights are used where they are."""
+        """Sample from `model` from now on: from its weights where they are, or from a copy of them.
+
+        Raises:
+            RolloutError: with weights of its own, those of `model` do not fit them.
+        """
         if self._model is None:
             raise RolloutError("the rollout engine is closed")
-        self._model = model
+        if self._own_weights:
+            _copy_weights(model, self._model)
+        else:
+            self._model = model
         self.version += 1
 
     def close(self) -> None:
@@ -316,6 +329,19 @@ def _without(finished: np.ndarray) -> np.ndarray:
     kept = np.arange(count)
     kept[np.flatnonzero(finished[:count])] = count + np.flatnonzero(~finished[count:])
     return kept
+
+
+def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Copy the weights of `source`, adapters merged, into those of `target`."""
+    held = target.state_dict()
+    missing = set(held)
+    for name, weight in named_weights(source):
+        if name not in held or held[name].shape != weight.shape:
+            raise RolloutError(f"weight {name!r} of the policy does not fit the model that is sampled from")
+        held[name].copy_(weight)
+        missing.discard(name)
+    if missing:
+        raise RolloutError(f"the policy has no weight {min(missing)!r}, which the sampled model has")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from posttrain.evaluation.samples import GREEDY_ROLE, group_by_problem, problem_
 from posttrain.recipe.schema import EvaluateStage
 from posttrain.rewards.scorer import Scorer
 from posttrain.rollout.build import build_engine, load_tokenizer
-from posttrain.rollout.engine import RolloutEngine
+from posttrain.rollout.engine import RolloutEngine, require_finite
 from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, Sampling, make_rollouts, with_seed
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.record import rollout_rows, write_json, write_rollouts
@@ -47,7 +47,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     ]
     engine = build_engine(recipe.rollout, context.model, tokenizer, seed=SEED)
     try:
-        with Scorer(recipe.rewards, recipe.reward_options) as scorer:
+        with Scorer(recipe.rewards, recipe.reward_options, context.reward_cache) as scorer:
             sampled = _answer(requests, engine, scorer, context, "sampling")
             greedy = None
             if "greedy" in stage.metrics:
@@ -96,7 +96,9 @@ def _answer(
     what: str,
 ) -> RolloutBatch:
     context.show(0, 1, {"phase": what})
-    batch = make_rollouts(requests, engine.generate(requests), engine.version)
+    answers = engine.generate(requests)
+    require_finite(requests, answers)
+    batch = make_rollouts(requests, answers, engine.version)
     scorer.score(batch.rollouts)
     return batch
 

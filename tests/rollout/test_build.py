@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_contract import MIXED, load
+from engine_contract import MIXED, assert_sampled_from, load
 from helpers import make_tiny_model
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, PretrainedConfig
 
 from posttrain.errors import DataError, PosttrainError
@@ -55,6 +56,27 @@ def test_transformers_engine_samples_from_the_given_model(model_path: Path) -> N
     with torch.no_grad():
         model.model.norm.weight *= 2
     assert engine.generate(MIXED) != first
+
+
+def test_an_engine_with_weights_of_its_own(model_path: Path, tmp_path: Path) -> None:
+    config = ModelConfig(path=str(model_path))
+    model, tokenizer = load_model(config), load_tokenizer(config)
+    rollout = RolloutConfig(max_model_len=64)
+    engine = build_engine(rollout, config, tokenizer, model=model, own_weights=True)
+    first = engine.generate(MIXED)
+    with torch.no_grad():
+        model.model.norm.weight *= 2
+    assert engine.generate(MIXED) == first
+    engine.sync(model)
+    assert engine.generate(MIXED) != first
+
+    adapted = get_peft_model(load_model(config), LoraConfig(init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    config = ModelConfig(path=str(model_path), adapter=str(tmp_path))
+    engine = build_engine(rollout, config, tokenizer, own_weights=True)
+    assert_sampled_from(adapted.eval(), MIXED, engine.generate(MIXED))
+    engine.sync(load_model(config, trainable=True))
+    assert_sampled_from(adapted, MIXED, engine.generate(MIXED))
 
 
 def test_missing_vllm_names_the_extras(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

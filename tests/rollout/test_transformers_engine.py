@@ -10,6 +10,7 @@ from engine_contract import (
     EngineLifecycleContract,
     assert_sampled_from,
     load,
+    perturbed,
     prefix_request,
     request,
     sampled_rollout,
@@ -107,15 +108,32 @@ def test_bfloat16(model_path: Path) -> None:
     assert_sampled_from(policy, MIXED, engine.generate(MIXED), tolerance=0.1)
 
 
-def test_broken_weights_are_reported(model_path: Path) -> None:
+def test_own_weights_change_at_a_sync_alone(model_path: Path) -> None:
     policy = load(model_path)
+    engine = build(model_path, own_weights=True)
+    before = engine.generate(MIXED)
     with torch.no_grad():
-        policy.model.norm.weight[0] = torch.nan
-    engine = TransformersEngine(
-        policy, AutoTokenizer.from_pretrained(model_path), max_model_len=MAX_MODEL_LEN
-    )
-    with pytest.raises(RolloutError, match="not finite"):
-        engine.generate([request()])
+        policy.model.norm.weight *= 1.5
+    assert engine.generate(MIXED) == before
+    engine.sync(policy)
+    assert_sampled_from(policy, MIXED, engine.generate(MIXED))
+    with torch.no_grad():
+        policy.model.norm.weight *= 1.5
+    with pytest.raises(AssertionError):
+        assert_sampled_from(policy, MIXED, engine.generate(MIXED), tolerance=0.05)
+    tied = perturbed(model_path, only="embed_tokens")
+    engine.sync(tied)
+    assert_sampled_from(tied, MIXED, engine.generate(MIXED))
+
+
+def test_own_weights_refuse_another_model(model_path: Path) -> None:
+    policy = load(model_path)
+    policy.model.layers.append(policy.model.layers[0])
+    with pytest.raises(RolloutError, match=r"'model\.layers\.2\..* does not fit"):
+        build(model_path, own_weights=True).sync(policy)
+    del policy.model.layers[1:]
+    with pytest.raises(RolloutError, match=r"has no weight 'model\.layers\.1\."):
+        build(model_path, own_weights=True).sync(policy)
 
 
 def test_finished_rows_leave_the_batch(model_path: Path) -> None:
