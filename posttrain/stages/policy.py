@@ -42,12 +42,17 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
     dtype = compute_dtype(context.model)
     checkpointer = context.checkpointer(stage, stage.updates_per_batch)
     arguments = _arguments(stage, context, dtype, checkpointer.output_dir)
-    if splits_weights():  # into pieces that each process puts on its device itself
-        options: dict[str, Any] = {"own_weights": True}
-    else:
+    split = splits_weights()
+    if not split:  # else every part is put on its device when it is cut off
         model.to(arguments.device)
-        options = {"model": model}
-    engine = build_engine(recipe.rollout, context.model, tokenizer, seed=recipe.seed, **options)
+    engine = build_engine(
+        recipe.rollout,
+        context.model,
+        tokenizer,
+        model=model,
+        own_weights=split or stage.overlap > 0,
+        seed=recipe.seed,
+    )
     try:
         with Scorer(recipe.rewards, recipe.reward_options) as scorer:
             room = engine.max_model_len - recipe.rollout.max_tokens
@@ -75,10 +80,14 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
                 reference=load_reference(context.model, arguments.device) if stage.loss.kl else None,
                 seed=recipe.seed,
                 verify_tolerance=stage.verify_tolerance or VERIFY_TOLERANCE[dtype],
+                bad_batches=context.run_dir / "bad_batches" / context.name,
                 on_rollouts=lambda record: _write(record, stage, context, tokenizer, source.format),
                 on_log=context.log_step,
             )
-            checkpointer.train(trainer, trainer)
+            try:
+                checkpointer.train(trainer, trainer)
+            finally:
+                trainer.close()
     finally:
         engine.close()
     return context.hand_over(trainer, trainer.totals.values())

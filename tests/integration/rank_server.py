@@ -18,6 +18,7 @@ def load_everything() -> None:
     """What a training process imports, so that no rank has to."""
     import accelerate
     import deepspeed
+    import deepspeed.runtime.zero.muon.original_muon  # compiles functions, for which torch imports a lot
     import peft
     import trl
     from transformers import Qwen2ForCausalLM, Trainer
@@ -27,6 +28,7 @@ def load_everything() -> None:
     import posttrain.stages.policy
     import posttrain.stages.sft  # noqa: F401
 
+    posttrain.recipe.summary.versions()  # looks through all installed packages, once in a process
     assert all((accelerate, peft, trl.SFTTrainer, Qwen2ForCausalLM, Trainer))
     # DeepSpeed would compile a shared-memory backend for processes on one machine first, which takes longer
     # than all of these tests; with none of its compiled operations it leaves communication to gloo.
