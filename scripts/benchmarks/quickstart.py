@@ -1,0 +1,123 @@
+"""The quickstart's policy stage as a recipe of its own, and the same stage as a TRL script.
+
+As a script, `python quickstart.py RECIPE FOLDER`, this is the TRL side of the first-step bench.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from posttrain.data.sources import load_examples
+from posttrain.recipe.load import load_recipe, recipe_to_dict
+from posttrain.recipe.schema import PolicyStage, Recipe
+from posttrain.rollout.types import Completion, Example
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODEL = ROOT / "data" / "tiny-reasoner"
+
+
+def write_recipe(
+    folder: Path, steps: int, seed: int, model: dict[str, Any] | None = None, max_tokens: int | None = None
+) -> Path:
+    """recipes/tiny/quickstart.yaml with its policy stage alone, from the tiny reasoner or from `model`."""
+    recipe = recipe_to_dict(load_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml").recipe)
+    (stage,) = [stage["policy"] for stage in recipe["stages"] if "policy" in stage]
+    recipe["stages"] = [{"policy": stage | {"steps": steps}}]
+    recipe |= {"name": "bench", "seed": seed, "output_dir": str(folder)}
+    recipe["model"] |= {"path": str(MODEL)} | (model or {})
+    if max_tokens is not None:
+        recipe["rollout"]["max_tokens"] = max_tokens
+    path = folder / "bench.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def policy_stage(recipe: Recipe) -> PolicyStage:
+    """The one stage of such a recipe."""
+    stage = recipe.stages[0].config
+    assert isinstance(stage, PolicyStage)
+    return stage
+
+
+def trl_trainer(path: Path, folder: Path, callbacks: list[Any] | None = None) -> Any:
+    """A `GRPOTrainer` with the recipe's model, prompts, sampling, reward, loss and optimiser."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    from posttrain.training.arguments import optimizer_arguments
+
+    recipe = load_recipe(path).recipe
+    stage = policy_stage(recipe)
+    assert recipe.data.train is not None
+    assert (stage.loss.kind, recipe.rollout.engine) == ("dapo", "transformers")
+    examples = load_examples(recipe.data.train)
+    dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
+    completions = stage.prompts_per_step * stage.group_size
+    micro_batch = completions if dtype == torch.float32 else stage.group_size
+    arguments = GRPOConfig(
+        output_dir=str(folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=completions // micro_batch,
+        num_generations=stage.group_size,
+        max_completion_length=recipe.rollout.max_tokens,
+        temperature=recipe.rollout.temperature,
+        loss_type="dapo",
+        epsilon=stage.loss.clip_low,
+        epsilon_high=stage.loss.clip_high,
+        beta=stage.loss.kl,
+        gradient_checkpointing=stage.gradient_checkpointing,
+        model_init_kwargs={"dtype": "float32"},
+        logging_steps=1,
+        save_strategy="no",
+        seed=recipe.seed,
+        disable_tqdm=True,
+        report_to=[],
+        **optimizer_arguments(stage.optimizer, dtype=dtype),
+    )
+    rows = [
+        {"prompt": [{"role": "user", "content": example.prompt}], "answer": example.answer}
+        for example in examples
+    ]
+    return GRPOTrainer(
+        model=recipe.model.path,
+        reward_funcs=_math_answer(),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(recipe.model.path),
+        callbacks=callbacks,
+    )
+
+
+def _math_answer() -> Any:
+    """The recipe's reward with TRL's signature, called in TRL's own process."""
+    from posttrain.rewards.builtin import MathAnswer
+
+    score = MathAnswer()
+
+    def math_answer(completions: list[Any], answer: list[str], **columns: Any) -> list[float | None]:
+        return [
+            score(Completion((), (), "stop", messages[0]["content"]), Example("", "", reference))
+            for messages, reference in zip(completions, answer, strict=True)
+        ]
+
+    return math_answer
+
+
+def main() -> None:
+    # vLLM is not used here, but TRL imports it where it is installed, which takes seconds.
+    sys.modules["vllm"] = None  # type: ignore[assignment]
+    recipe, folder = map(Path, sys.argv[1:])
+    trainer = trl_trainer(recipe, folder)
+    trainer.train()
+    trainer.save_model(str(folder / "model"))
+
+
+if __name__ == "__main__":
+    main()
