@@ -152,6 +152,8 @@ class PolicyTrainer(Trainer):
         step, update = divmod(self.state.global_step, self.stage.updates_per_batch)
         if update == 0:
             self._batch = self._prepare(model, step)
+        elif self._pending is not None and self.methods:
+            self._extended(self._pending)  # here, so that a checkpoint after any update finds it done
         assert self._batch is not None
         batch = self._batch
         started = time.monotonic()

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from helpers import make_tiny_model
-from policy_training import PROMPTS, EvenTokens, assert_same_weights, make_stage, make_trainer, weights_of
+from policy_training import EvenTokens, assert_same_weights, make_stage, make_trainer, weights_of
 from safetensors.torch import load_file
 
 from posttrain.errors import TrainingError
@@ -99,9 +99,7 @@ def test_a_step_that_is_not_finite_is_skipped_kept_and_logged(model_folder, tmp_
     assert [path.name for path in (tmp_path / "bad").iterdir()] == ["step-000002"]
     state = json.loads((kept / "batch-0.json").read_text())
     assert state["why"]["step"] == 2
-    batch = UpdateBatch.from_state(
-        {**state, "rngs": []}, load_file(kept / "rows-0.safetensors"), contexts=[]
-    )
+    batch = UpdateBatch.from_state({**state, "rngs": []}, load_file(kept / "rows-0.safetensors"), contexts=[])
     assert len(batch.rows) == 12
     assert all(len(row.sampling_logprobs) == len(row.positions) for row in batch.rows)
 
@@ -240,4 +238,3 @@ def test_overlap_samples_with_weights_one_step_old(model_folder, tmp_path):
     assert versions == [{0}, {0}, {1}, {2}]
     assert log[0]["sampling/logprob_difference"] < 1e-5
     assert all(metrics["sampling/logprob_difference"] > 1e-5 for metrics in log[1:])
-    assert len(PROMPTS) == 16
