@@ -81,15 +81,11 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
                 seed=recipe.seed,
                 verify_tolerance=stage.verify_tolerance or VERIFY_TOLERANCE[dtype],
                 bad_batches=context.run_dir / "bad_batches" / context.name,
-                bad_batches=context.run_dir / "bad_batches" / context.name,
                 on_rollouts=lambda record: _write(record, stage, context, tokenizer, source.format),
                 on_log=context.log_step,
             )
             try:
-                try:
                 checkpointer.train(trainer, trainer)
-            finally:
-                trainer.close()
             finally:
                 trainer.close()
     finally:
