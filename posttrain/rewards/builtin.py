@@ -10,6 +10,7 @@ answer, the rewards that compare with it do not apply.
     format           tags or a regular expression
     length_penalty   soft overlong punishment, -1 to 0
     reasoning_gym    the score of the reasoning-gym dataset itself
+    code             share of tests that the program in the completion passes, in a sandbox
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from posttrain.data.answers import extract_answer
 from posttrain.errors import RecipeError
+from posttrain.rewards.code_tests import CodeRun, extract_code, parse_tests
 from posttrain.rewards.registry import reward
+from posttrain.rewards.sandbox import Isolation, Limits, Sandbox
 from posttrain.rollout.types import Completion, Example
 
 
@@ -201,6 +204,71 @@ class ReasoningGym:
         )
 
 
+@reward("code", version="1", range=(0.0, 1.0), deterministic=False, timeout=60.0)
+class Code:
+    """Share of the example's tests that the completion's Python program passes, run in a sandbox.
+
+    The program is what `posttrain.rewards.code_tests.extract_code` finds; every test runs it anew, without
+    packages besides the standard library. A program that is missing, fails, takes too long or uses more than
+    it may has not passed: that is a wrong answer, 0 for the test. A sandbox that fails is an error, as are
+    tests that cannot be read; an example whose tests are empty does not apply. What the sandbox protects
+    from, and what not, is written in `posttrain.rewards.sandbox`.
+
+    Tests of the kinds code and call run in the same process as the program, so a program made for it can
+    deceive the first (with values equal to everything, say); what is expected of a call or of an output is
+    compared outside, where no program gets.
+
+    Args:
+        column: the dataset column with the tests; `posttrain.rewards.code_tests.parse_tests` says what it
+            may hold.
+        isolation: required, which refuses to start where the machine does not allow it, or none.
+        test_timeout: seconds for each test.
+        total_timeout: seconds for all tests of a completion; those left then have not been passed. The
+            reward's own `timeout` has to be 25 s longer, as a sample that reaches that one is unscored.
+        memory_mib: address space of each of the program's processes.
+        all_or_nothing: 1 if all tests are passed, otherwise 0.
+
+    Raises:
+        RecipeError: an argument is wrong.
+        RewardError: isolation is required and not possible.
+    """
+
+    def __init__(
+        self,
+        column: str = "tests",
+        isolation: Isolation = "required",
+        test_timeout: float = 5.0,
+        total_timeout: float = 30.0,
+        memory_mib: int = 512,
+        all_or_nothing: bool = False,
+    ):
+        if isolation not in get_args(Isolation):
+            raise RecipeError(f"reward 'code': isolation is required or none, not {isolation!r}")
+        if not 0 < test_timeout <= total_timeout:
+            raise RecipeError("reward 'code' needs 0 < test_timeout <= total_timeout")
+        if memory_mib < 64:
+            raise RecipeError("reward 'code' needs memory_mib of at least 64")
+        self._column = column
+        self._all_or_nothing = all_or_nothing
+        self._sandbox = Sandbox(isolation, Limits(test_timeout, total_timeout, memory_mib))
+
+    def __call__(self, completion: Completion, example: Example) -> float | None:
+        """A value in [0, 1], None without tests."""
+        if self._column not in example.columns:
+            raise ValueError(f"the example has no column {self._column!r} with the tests of its program")
+        value = example.columns[self._column]
+        tests = parse_tests(value) if value is not None else []
+        if not tests:
+            return None
+        code = extract_code(completion.text)
+        if code is None:
+            return 0.0
+        runs = [CodeRun.of(code, test) for test in tests]
+        results = self._sandbox.run([run.program for run in runs], stop_at_failure=self._all_or_nothing)
+        passed = sum(run.passed(result) for run, result in zip(runs, results, strict=False))
+        return float(passed == len(runs)) if self._all_or_nothing else passed / len(runs)
+
+
 def answer_pair(completion: Completion, example: Example) -> tuple[str | None, str | None]:
     """The completion's answer and the example's."""
     reference = example.answer
@@ -219,7 +287,7 @@ HEAVY = ("math_answer", "reasoning_gym")
 
 def runs_in_process(name: str, args: Mapping[str, Any]) -> bool:
     """Whether a built-in takes linear time whatever the completion, so that it needs no killable process."""
-    return name not in HEAVY and "pattern" not in args
+    return name not in (*HEAVY, "code") and "pattern" not in args
 
 
 # --- reading answers --------------------------------------------------------------------------------------
