@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain.errors import TrainingError
+from posttrain.rollout.weights import named_weights
 from posttrain.training import logprobs as module
+from posttrain.training.batch import PaddedPacking, TrainRow
+from posttrain.training.forward import choose_packing, policy_logprobs, prepare_model, verify_packing
 from posttrain.training.logprobs import OutputHead, chunk_tokens, chunked_logprobs, output_head
 
 
@@ -293,3 +298,127 @@ def test_head_multiplier_of_hyperclova():
     head = torch.nn.Linear(2, 3)
     model = SimpleNamespace(config=config, get_output_embeddings=lambda: head)
     assert output_head(model) == OutputHead(head.weight, head.bias, None, 4.0)
+
+
+# ---- the head inside its module
+
+
+def scores(model, ids, **options):
+    """Log-probs and entropies of a sequence's tokens, through the model's own forward."""
+    rows = [TrainRow(tuple(ids), np.arange(1, len(ids)))]
+    micro = PaddedPacking().collate(rows, torch.device("cpu"))
+    return policy_logprobs(model, model, micro, temperature=1.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 2.0, "attn_logit_softcapping": None}),
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Granite", {"logits_scaling": 4.0}),
+        ("Phi", {}),
+    ],
+)
+def test_what_a_model_does_after_its_head_does_not_reach_the_scores(kind, options):
+    model = tiny(kind, **options)
+    ids = torch.tensor([[1, 5, 9, 33, 2, 7]])
+    plain_logits = model(input_ids=ids).logits
+    prepare_model(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, plain_logits)
+    log_p = torch.log_softmax(plain_logits[0, :-1].float(), -1)
+    logprobs, entropy = scores(model, ids[0].tolist(), train_entropy=True)
+    torch.testing.assert_close(logprobs, log_p.gather(1, ids[0, 1:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
+    assert entropy.requires_grad
+    assert not scores(model, ids[0].tolist())[1].requires_grad
+    device = torch.device("cpu")
+    assert verify_packing(model, model, choose_packing(model), device).name == "tree"
+
+
+def test_a_model_with_an_unknown_step_after_its_head_is_refused():
+    def step(module, args, output):
+        output.logits = 1.5 * output.logits
+
+    model = tiny("Qwen2")
+    prepare_model(model)
+    model.register_forward_hook(step)
+    with pytest.raises(TrainingError, match="Qwen2ForCausalLM"):
+        verify_packing(model, model, choose_packing(model), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_checkpoint_stays_what_it_was(tied, tmp_path):
+    model = tiny("Qwen2", tie_word_embeddings=tied)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    sent = dict(named_weights(model))
+    model.save_pretrained(tmp_path / "before")
+    prepare_model(model)
+    prepare_model(model)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    model.tie_weights()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert {name: weight.data_ptr() for name, weight in named_weights(model)} == {
+        name: weight.data_ptr() for name, weight in sent.items()
+    }
+    model.save_pretrained(tmp_path / "after")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+
+
+def test_adapters_beside_and_around_the_head():
+    from peft import LoraConfig, get_peft_model
+
+    ids = [1, 5, 9, 33, 2]
+    model = tiny("Qwen2")
+    expected, _ = scores_of_plain(model, ids)
+    lora = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    prepare_model(lora)
+    torch.testing.assert_close(scores(lora, ids)[0], expected, rtol=1e-5, atol=1e-5)
+
+    saved = get_peft_model(tiny("Qwen2"), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    names = list(saved.state_dict())
+    prepare_model(saved)
+    assert list(saved.state_dict()) == names
+    scores(saved, ids)[0].sum().backward()
+    assert output_head(saved).weight.grad is not None
+    torch.nn.init.zeros_(output_head(saved).weight)
+    torch.testing.assert_close(scores(saved, ids)[0], torch.full((4,), -math.log(40)))
+    with saved.disable_adapter():
+        torch.testing.assert_close(scores(saved, ids)[0], expected, rtol=1e-5, atol=1e-5)
+
+    adapted = get_peft_model(tiny("Qwen2"), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(TrainingError, match="output head"):
+        prepare_model(adapted)
+
+
+def scores_of_plain(model, ids):
+    log_p = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, :-1].float(), -1)
+    return log_p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].detach(), log_p
+
+
+def test_a_head_that_is_no_linear_layer_is_refused():
+    model = tiny("Qwen2")
+    model.set_output_embeddings(torch.nn.Bilinear(2, 2, 2))
+    with pytest.raises(TrainingError, match="Bilinear"):
+        prepare_model(model)
+
+
+def test_the_scores_come_through_every_hook_and_the_models_output():
+    # DeepSpeed and FSDP gather weights in hooks of modules and start the backward pass at the model's output.
+    model = tiny("Qwen2")
+    prepare_model(model)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 2.0)
+
+    def watch_output(module, args, output):
+        output.logits.register_hook(seen.append)
+
+    model.register_forward_hook(watch_output)
+    doubled, _ = scores(model, [1, 5, 9])
+    expected, _ = scores_of_plain(tiny("Qwen2"), [1, 5, 9])
+    torch.testing.assert_close(doubled, 2.0 * expected, rtol=1e-5, atol=1e-5)
+    doubled.sum().backward()
+    assert len(seen) == 1
+    assert model.lm_head.scoring is None
