@@ -12,6 +12,7 @@ from posttrain.recipe.schema import (
     RewardOptions,
     RolloutConfig,
 )
+from posttrain.rewards.scorer import ScoreReport
 from posttrain.rollout.build import load_model, load_tokenizer
 from posttrain.rollout.transformers import TransformersEngine
 from posttrain.rollout.types import Example
@@ -40,6 +41,7 @@ class EvenTokens:
             else:
                 rollout.reward = sum(token % 2 == 0 for token in ids) / len(ids)
                 rollout.rewards, rollout.reward_errors = {"even": rollout.reward}, {}
+        return ScoreReport(len(rollouts), sum(map(self.broken, rollouts)), {})
 
 
 def make_trainer(

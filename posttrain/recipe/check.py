@@ -168,6 +168,7 @@ def _jsonl_columns(path: Path, name: str) -> tuple[list[str], str | None]:
 
 
 def _rewards(recipe: Recipe) -> Iterator[Finding]:
+    from posttrain.rewards.combine import Gate
     from posttrain.rewards.registry import locate
 
     names: set[str] = set()
@@ -180,6 +181,16 @@ def _rewards(recipe: Recipe) -> Iterator[Finding]:
             locate(spec)
         except PosttrainError as error:
             yield f"{key}.{'from' if spec.from_ else 'name'}", f"{error}."
+        if spec.only_if is not None:
+            try:
+                gate = Gate.parse(spec.only_if)
+            except RecipeError as error:
+                yield f"{key}.only_if", f"{error}."
+                continue
+            known = [other.name for other in recipe.rewards]
+            if gate.reward not in known:
+                text = f"the recipe has no reward {gate.reward!r}; it has {', '.join(known)}."
+                yield f"{key}.only_if", text + did_you_mean(gate.reward, known)
 
 
 def _packages(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
@@ -215,11 +226,12 @@ def _policy(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[Finding]:
         yield key, "has no data: set data.train, or data in the stage."
     if not recipe.rewards:
         yield key, "has nothing to learn from: the recipe has no rewards."
-    elif all(spec.weight == 0 for spec in recipe.rewards):
+    elif not any(any(s.weight.values()) if isinstance(s.weight, dict) else s.weight for s in recipe.rewards):
         yield "rewards", "every weight is 0, so there is nothing to learn from."
     if stage.group_size == 1 and stage.loss.kind != "reinforce_pp":
         text = f"advantages of {stage.loss.kind} are relative to the group and need at least 2 completions"
         yield f"{key}.group_size", f"{text}; reinforce_pp takes 1."
+    yield from _decoupled(recipe, stage, key)
     rollouts = stage.prompts_per_step * stage.group_size
     if stage.updates_per_batch > rollouts:
         yield f"{key}.updates_per_batch", f"is larger than the {rollouts} rollouts of a step."
@@ -232,6 +244,18 @@ def _policy(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[Finding]:
         name = method if isinstance(method, str) else next(iter(method))
         if (problem := _method_problem(name)) is not None:
             yield f"{key}.methods[{index}]", problem
+
+
+def _decoupled(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[Finding]:
+    if recipe.reward_options.combine == "sum_then_normalize":
+        return
+    if stage.loss.kind in ("rloo", "reinforce_pp"):
+        yield (
+            "reward_options.combine",
+            f"normalize_then_sum has its own baseline, and {key}.loss.kind {stage.loss.kind} another.",
+        )
+    if stage.loss.scale is not None:
+        yield f"{key}.loss.scale", "reward_options.combine normalize_then_sum scales advantages itself."
 
 
 def _method_problem(name: str) -> str | None:

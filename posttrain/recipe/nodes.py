@@ -223,7 +223,7 @@ class _Reader:
             key = self.node(event, (*path, "?"))
             name = str(key.value) if not isinstance(key.value, list | dict) else "?"
             value = self.node(self.loader.get_event(), (*path, name))
-            if not isinstance(key.value, str):
+            if not isinstance(key.value, str | int) or isinstance(key.value, bool):
                 kind = "number" if isinstance(key.value, int | float) else "value"
                 text = f"the key should be text, found a {kind}. Put it in quotes."
                 self.problems.append(Problem(key.origin, key_path((*path, name)), text))

@@ -19,7 +19,7 @@ from posttrain.recipe.estimate import (
 )
 from posttrain.recipe.load import LoadedRecipe, recipe_to_dict
 from posttrain.recipe.model_info import ModelInfo, read_model_info
-from posttrain.recipe.schema import EvaluateStage, PolicyStage, Recipe, SftStage
+from posttrain.recipe.schema import EvaluateStage, PolicyStage, Recipe, RewardSpec, SftStage
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,16 @@ def _data_lines(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _reward_lines(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.rewards:
-        yield "rewards", ", ".join(f"{spec.name} × {spec.weight:g}" for spec in recipe.rewards)
+        yield "rewards", ", ".join(map(_reward_text, recipe.rewards))
+
+
+def _reward_text(spec: RewardSpec) -> str:
+    if isinstance(spec.weight, dict):
+        weight = " → ".join(f"{value:g} (step {step})" for step, value in sorted(spec.weight.items()))
+    else:
+        weight = f"{spec.weight:g}"
+    clip = "" if spec.clip is None else f" clipped to [{spec.clip[0]:g}, {spec.clip[1]:g}]"
+    return f"{spec.name} × {weight}{clip}" + ("" if spec.only_if is None else f" if {spec.only_if}")
 
 
 def _stage_lines(recipe: Recipe, sizes: list[StageSize]) -> Iterator[tuple[str, str, str]]:

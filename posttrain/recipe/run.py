@@ -14,14 +14,16 @@ from posttrain.recipe.schema import Recipe
 from posttrain.recipe.summary import closing_lines, summarise, versions
 from posttrain.report.html import write_report
 from posttrain.report.progress import Progress
+from posttrain.rewards.registry import RewardInfo
 from posttrain.rewards.scorer import Scorer
 from posttrain.stages.context import StageContext
 from posttrain.training.distributed import start_processes
 from posttrain.training.ranks import on_first_rank
-from posttrain.training.record import MetricsFile, write_json
+from posttrain.training.record import MetricsFile, note_rewards, write_json
 from posttrain.training.stop import StopSignals
 
 METRICS = "metrics.jsonl"
+REWARDS = "rewards.json"
 
 
 def run_recipe(loaded: LoadedRecipe, *, overwrite: bool = False) -> Path:
@@ -34,7 +36,6 @@ def run_recipe(loaded: LoadedRecipe, *, overwrite: bool = False) -> Path:
     """
     require_runnable(loaded)
     recipe = loaded.recipe
-    _try_rewards(recipe)
     return _begin(recipe, Path(recipe.output_dir) / recipe.name, overwrite)
 
 
@@ -63,26 +64,31 @@ def resume_run(loaded: LoadedRecipe, run_dir: Path) -> Path:
         PosttrainError, Stopped: as `run_recipe`.
     """
     require_runnable(loaded)
-    _try_rewards(loaded.recipe)
+    rewards = _load_rewards(loaded.recipe)
 
     def open_run(lock: RunLock) -> RunState:
         lock.acquire()
-        return RunState.read(run_dir)
+        state = RunState.read(run_dir)
+        note_rewards(run_dir / REWARDS, rewards)
+        return state
 
     return _run(loaded.recipe, run_dir, open_run)
 
 
-def _try_rewards(recipe: Recipe) -> None:
+def _load_rewards(recipe: Recipe) -> list[RewardInfo]:
     """A reward that cannot be loaded must not be found out after an hour of another stage."""
-    if recipe.rewards:
-        Scorer(recipe.rewards, recipe.reward_options).close()
+    with Scorer(recipe.rewards, recipe.reward_options) as scorer:
+        return list(scorer.infos.values())
 
 
 def _begin(recipe: Recipe, run_dir: Path, overwrite: bool) -> Path:
+    rewards = _load_rewards(recipe)
+
     def open_run(lock: RunLock) -> RunState:
         make_folder(run_dir, lock, overwrite=overwrite)
         (run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
         write_json(run_dir / "versions.json", versions())
+        note_rewards(run_dir / REWARDS, rewards)
         state = RunState(str(Path.cwd()))
         state.write(run_dir)
         return state

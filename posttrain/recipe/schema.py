@@ -16,6 +16,7 @@ from posttrain.recipe.data_schema import DataSource as DataSource
 from posttrain.recipe.data_schema import Section as Section
 
 OnError = Literal["redraw", "drop", "fail"]
+Combine = Literal["sum_then_normalize", "normalize_then_sum"]
 LossKind = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "rloo", "reinforce_pp"]
 
 
@@ -102,12 +103,37 @@ class RewardSpec(Section):
     """A registered name, `package.module:function`, or `path/to/file.py:function`."""
     from_: str | None = Field(default=None, alias="from")
     """Python file or module that registers or defines `name`."""
-    weight: float = 1.0
-    """Factor in the total; 0 logs the reward without using it."""
+    weight: float | dict[int, float] = 1.0
+    """Factor in the total; 0 logs the reward without using it. `{0: 1.0, 200: 0.1}` is a schedule over the
+    steps of a policy stage: linear in between, constant before and after."""
+    clip: tuple[float, float] | None = None
+    """[lowest, highest]: values outside are moved to the nearer end before weighting."""
+    only_if: str | None = None
+    """A condition on another reward, such as `math_answer > 0`: where it is not met, this one does not
+    apply."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the reward."""
     timeout: float | None = Field(default=None, gt=0.0)
     """Seconds for one sample; None is the reward's own."""
+
+    @field_validator("weight")
+    @classmethod
+    def _schedule(cls, weight: Any) -> Any:
+        if isinstance(weight, dict) and (not weight or min(weight) < 0):
+            raise ValueError("a schedule maps steps from 0 on to weights")
+        return weight
+
+    @field_validator("clip", mode="before")
+    @classmethod
+    def _pair(cls, clip: Any) -> Any:
+        return tuple(clip) if isinstance(clip, list) else clip  # YAML has no tuples
+
+    @field_validator("clip")
+    @classmethod
+    def _in_order(cls, clip: Any) -> Any:
+        if clip is not None and not clip[0] < clip[1]:
+            raise ValueError(f"should be [lowest, highest], found [{clip[0]:g}, {clip[1]:g}]")
+        return clip
 
 
 class RewardOptions(Section):
@@ -119,6 +145,12 @@ class RewardOptions(Section):
     """Rounds of redrawing before a sample is left out."""
     workers: int = Field(default=2, ge=1)
     """Processes that run reward functions."""
+    memory_gib: float | None = Field(default=8.0, gt=0.0)
+    """What each of these processes may allocate; more is an error of the sample. 8 leaves room for large
+    libraries and stops what runs away; null sets no limit."""
+    combine: Combine = "sum_then_normalize"
+    """Advantages of the weighted sum; or `normalize_then_sum`, which first normalises each reward within its
+    group, so that one with a small spread is heard beside one with a large (GDPO, Liu et al. 2026)."""
 
 
 class OptimizerConfig(Section):

@@ -277,8 +277,8 @@ def answer_pair(completion: Completion, example: Example) -> tuple[str | None, s
     return extract_answer(completion.text), reference
 
 
-MERGE_KEYS: dict[str, Callable[[Completion, Example], Hashable]] = {"math_answer": answer_pair}
-"""Built-ins whose value depends on this key alone: samples with equal keys share one call."""
+CANONICAL_INPUTS: dict[str, Callable[[Completion, Example], Hashable]] = {"math_answer": answer_pair}
+"""What the value of a built-in depends on, where that is less than the whole sample."""
 
 
 HEAVY = ("math_answer", "reasoning_gym")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from posttrain.errors import PosttrainError, RecipeError, RewardError
 from posttrain.rewards.registry import (
@@ -49,7 +49,8 @@ class Outcome(NamedTuple):
 class BoundReward:
     """A reward with its arguments, ready to be called.
 
-    `style` is its calling convention, `concurrent` whether it is async.
+    `style` is its calling convention, `concurrent` whether it is async, `sees_step` whether it can tell the
+    step by its arguments.
     """
 
     def __init__(self, info: RewardInfo, function: Callable[..., Any], style: Style, args: Mapping[str, Any]):
@@ -57,6 +58,7 @@ class BoundReward:
         self.style = style
         self._function = function
         self._args = args
+        self.sees_step = style == "trl" and _takes(function, "trainer_state")
         self.concurrent = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004 - async instances have an async __call__
         )
@@ -100,6 +102,28 @@ class BoundReward:
             message = f"returned {len(values)} values for {count} completions"
             return [Outcome(None, "count", message)] * count
         return [to_outcome(value, self.info.range) for value in values]
+
+
+class NoLogprobs(tuple[float, ...]):
+    """Stands in for the log-probs of a completion whose value is cached under its text and tokens.
+
+    Raises:
+        RewardError: on every use.
+    """
+
+    def _refuse(self, *args: object) -> NoReturn:
+        raise RewardError(
+            "a deterministic reward is not shown log-probs, which change with the policy while its values "
+            "are cached; declare it with deterministic=False"
+        )
+
+    __getitem__ = __iter__ = __len__ = __bool__ = _refuse
+
+
+def without_logprobs(sample: Sample) -> Sample:
+    """The sample as a deterministic reward gets to see it."""
+    completion, example = sample
+    return replace(completion, logprobs=NoLogprobs()), example
 
 
 def to_outcome(value: Any, bounds: tuple[float, float] | None) -> Outcome:
@@ -180,9 +204,13 @@ def trl_arguments(
         raise TypeError(
             f"wants {', '.join(missing)}; the data has the columns {', '.join(['answer', *names])}"
         )
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return available
-    return {name: value for name, value in available.items() if name in parameters}
+    return {name: value for name, value in available.items() if _takes(function, name)}
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function accepts a keyword argument."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _discard(*args: Any, **kwargs: Any) -> None:
@@ -234,9 +262,32 @@ def load_reward(source: RewardSource) -> BoundReward:
     except (Exception, SystemExit) as error:
         raise RewardError(f"reward {source.name!r} cannot be loaded: {describe(error)}") from error
     info = declared or RewardInfo(source.name, origin=source.file or source.module or "")
-    timeout = source.timeout or info.timeout
-    info = replace(info, name=source.name, timeout=timeout, batched=style != "completion")
+    sha256, place = _code_of(target, source)
+    info = replace(
+        info,
+        name=source.name,
+        timeout=source.timeout or info.timeout,
+        batched=style != "completion",
+        kind="class" if inspect.isclass(target) else info.kind,
+        sha256=sha256,
+        place=place,
+    )
     return BoundReward(info, function, style, args)
+
+
+def _code_of(target: Callable[..., Any], source: RewardSource) -> tuple[str, str]:
+    """SHA-256 of the file that defines a reward, and `file.py:line` or what is known of that."""
+    if source.pickled is not None:
+        return hashlib.sha256(source.pickled).hexdigest(), ""
+    code: Any = target if hasattr(target, "__qualname__") else type(target)
+    try:
+        file = inspect.getsourcefile(code)
+        place = f"{file}:{inspect.getsourcelines(code)[1]}"
+    except (TypeError, OSError):  # it is not written in Python, or bound by functools.partial
+        file = place = source.file or sys.modules[source.module or ""].__file__ or ""
+    if file is None or not Path(file).is_file():
+        return hashlib.sha256(place.encode()).hexdigest(), place
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest(), place
 
 
 def _check_args(

@@ -18,10 +18,21 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 from posttrain.errors import PosttrainError, RewardError
 from posttrain.rewards.calling import Outcome, timeout_outcome
-from posttrain.rewards.registry import RewardInfo, RewardSource
-from posttrain.rewards.worker import FLUSH_SECONDS, LOAD_SECONDS, NO_SOCKET, PROGRESS_BYTES, Job, Ready, Reply
+from posttrain.rewards.registry import RewardSource
+from posttrain.rewards.worker import (
+    FLUSH_SECONDS,
+    LOAD_SECONDS,
+    NO_SOCKET,
+    PROGRESS_BYTES,
+    Job,
+    Loaded,
+    Ready,
+    Reply,
+)
 
 ASYNC_GRACE = 0.5
 """Async rewards time themselves out; the process is killed only if they block and do not get to it."""
@@ -43,7 +54,7 @@ Deliver = Callable[[int, int, list[Outcome], float], None]
 class _Worker:
     """One process and the job it has."""
 
-    def __init__(self, sources: Sequence[RewardSource]):
+    def __init__(self, sources: Sequence[RewardSource], memory_limit: int):
         ours, theirs = socket.socketpair()
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALL_SECONDS, 0))
@@ -57,7 +68,7 @@ class _Worker:
                     "-c",
                     _BOOT,
                     json.dumps([*map(str, sys.path), str(Path.cwd())]),
-                    *map(str, descriptors),
+                    *map(str, [*descriptors, memory_limit]),
                 ],
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
@@ -68,7 +79,7 @@ class _Worker:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
             )
         self.connection = Connection(ours.detach())
-        self.rewards: list[tuple[RewardInfo, bool]] = []
+        self.rewards: list[Loaded] = []
         self.job: Job | None = None
         self.pending: list[int] = []
         self.deadline = time.monotonic() + LOAD_SECONDS
@@ -94,10 +105,10 @@ class _Worker:
             self._set_deadline(self.job)
 
     def concurrent(self, job: Job) -> bool:
-        return self.rewards[job.reward][1]
+        return self.rewards[job.reward].concurrent
 
     def budget(self, job: Job) -> float:
-        return job.budget(self.rewards[job.reward][0])
+        return job.budget(self.rewards[job.reward].info)
 
     def running(self) -> int:
         """The unit that was running when the process ended."""
@@ -116,9 +127,15 @@ class _Worker:
             return False
 
     def kill(self) -> int:
-        """End the process and its group; returns the exit code, that of its own end if it had one."""
+        """End the process and all it started; returns the exit code, that of its own end if it had one."""
+        started: list[psutil.Process] = []
+        with contextlib.suppress(psutil.Error):  # it is gone
+            started = psutil.Process(self.process.pid).children(recursive=True)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        for process in started:  # those with a session of their own are in no group of ours
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         self.connection.close()
         return self.process.wait()
 
@@ -131,14 +148,18 @@ class WorkerPool:
     socket and went on, those that are left run one by one.
     """
 
-    def __init__(self, sources: Sequence[RewardSource], size: int):
+    def __init__(self, sources: Sequence[RewardSource], size: int, memory_gib: float | None = None):
         """Start the processes and wait until the first has loaded all rewards.
+
+        `memory_gib` is what each of them may allocate; None sets no limit.
 
         Raises:
             PosttrainError: a reward cannot be loaded.
         """
         self._sources = list(sources)
-        self._workers = [_Worker(self._sources) for _ in range(size)]
+        self._memory_limit = int((memory_gib or 0) * 2**30)
+        self._rewards: list[Loaded] = []
+        self._workers = [_Worker(self._sources, self._memory_limit) for _ in range(size)]
         self._queue: deque[Job] = deque()
         self._kills_at_loading = 0
         try:
@@ -149,9 +170,9 @@ class WorkerPool:
             raise
 
     @property
-    def rewards(self) -> list[tuple[RewardInfo, bool]]:
-        """For each source: what the reward declares, and whether it is async."""
-        return next(worker.rewards for worker in self._workers if worker.rewards)
+    def rewards(self) -> list[Loaded]:
+        """One for each source."""
+        return self._rewards
 
     def run(self, jobs: Sequence[Job], deliver: Deliver) -> None:
         """Run jobs, and deliver every unit's outcomes exactly once, in any order.
@@ -179,13 +200,27 @@ class WorkerPool:
 
     def _hand_out(self) -> None:
         for worker in list(self._workers):
-            if self._queue and not worker.loading and worker.job is None:
-                try:
-                    worker.start(self._queue[0])
-                except OSError:  # it has died or got stuck between two jobs
-                    self._replace(worker)
-                else:
-                    self._queue.popleft()
+            if worker.loading or worker.job is not None:
+                continue
+            place = next((at for at, job in enumerate(self._queue) if self._may_start(worker, job)), None)
+            if place is None:
+                continue
+            try:
+                worker.start(self._queue[place])
+            except OSError:  # it has died or got stuck between two jobs
+                self._replace(worker)
+            else:
+                del self._queue[place]
+
+    def _may_start(self, worker: _Worker, job: Job) -> bool:
+        """Whether the reward's concurrency allows another job's calls."""
+        limit = self._rewards[job.reward].info.concurrency
+        if limit is None:
+            return True
+        running = [w.pending for w in self._workers if w.job is not None and w.job.reward == job.reward]
+        if worker.concurrent(job):
+            return sum(map(len, running)) + len(job.units) <= limit
+        return len(running) < limit
 
     def _wait(self, deliver: Deliver) -> None:
         """Read what the workers have to say, or act when the first of them is late."""
@@ -207,6 +242,7 @@ class WorkerPool:
         if isinstance(reply, PosttrainError):
             raise reply
         if isinstance(reply, Ready):
+            self._check_unchanged(reply.rewards)
             worker.rewards = reply.rewards
             self._kills_at_loading = 0
             return
@@ -243,9 +279,19 @@ class WorkerPool:
         if rest:
             self._queue.appendleft(job.part(rest))
 
+    def _check_unchanged(self, rewards: list[Loaded]) -> None:
+        """Refuse code that was edited since the first process loaded it: values would not be comparable."""
+        for first, now in zip(self._rewards, rewards, strict=False):
+            if first.info.sha256 != now.info.sha256:
+                place = now.info.place or now.info.origin
+                raise RewardError(
+                    f"the code of reward {now.info.name!r} ({place}) was changed during the run"
+                )
+        self._rewards = rewards
+
     def _replace(self, worker: _Worker) -> int:
         code = worker.kill()
-        self._workers[self._workers.index(worker)] = _Worker(self._sources)
+        self._workers[self._workers.index(worker)] = _Worker(self._sources, self._memory_limit)
         return code
 
 

@@ -33,20 +33,33 @@ Target = TypeVar("Target", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class RewardInfo:
-    """What a reward declares about itself.
+    """What a reward declares about itself (see `reward`).
 
-    `range` is closed; a value outside of it is an error. `timeout` is in seconds for one sample. `origin`
-    says where the code is.
+    `range` is closed; a value outside of it is an error. `timeout` is in seconds for one sample, `cost` is
+    the price of one call. `origin` is the code's `module:name`, `kind` what it is: `function`, `class`, or
+    what a package that offers other kinds calls them. `sha256` and `place` (`file.py:12`) are known once the
+    code is loaded: the hash is that of the file that defines the reward, or of its own source text where
+    there is no file.
     """
 
     name: str
     version: str = UNDECLARED
     origin: str = ""
     doc: str = ""
-    deterministic: bool = True
+    deterministic: bool = False
     range: tuple[float, float] | None = None
     timeout: float = DEFAULT_TIMEOUT
     batched: bool = False
+    concurrency: int | None = None
+    cost: float | None = None
+    kind: str = "function"
+    sha256: str = ""
+    place: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Version and code in short, as rollouts keep it: `1 sha256:0123456789abcdef`."""
+        return f"{self.version} sha256:{self.sha256[:16]}"
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,8 @@ def reward(
     deterministic: bool = True,
     timeout: float = DEFAULT_TIMEOUT,
     batched: bool = False,
+    concurrency: int | None = None,
+    cost: float | None = None,
 ) -> Callable[[Target], Target]:
     """Register a reward function, or a class whose instances are reward functions, under a name.
 
@@ -101,18 +116,37 @@ def reward(
         name: what recipes call it.
         version: to be raised whenever values change.
         range: lowest and highest value; anything outside is an error.
-        deterministic: whether the same completion always gets the same value.
+        deterministic: the value follows from the arguments, the example and the completion's text, tokens
+            and finish reason alone. Such values are cached: equal samples share one call, now and after the
+            run was resumed. Log-probabilities are not shown to such a reward.
         timeout: seconds for one sample, after which the process that computes it is killed.
         batched: the function takes lists.
+        concurrency: calls under way at once, over all worker processes of a trainer; None is one for each
+            worker, or 32 for an async reward.
+        cost: price of one call, in whatever currency you count.
 
     Raises:
-        RewardError: the name is taken by other code.
+        RewardError: the name is taken by other code, or the declaration makes no sense.
     """
+    if range is not None and not range[0] < range[1]:
+        raise RewardError(f"reward {name!r}: its range is (lowest, highest), not {range}")
+    if timeout <= 0 or (concurrency is not None and concurrency < 1):
+        raise RewardError(f"reward {name!r}: timeout and concurrency must be positive")
 
     def register(target: Target) -> Target:
         module, qualname = target.__module__, getattr(target, "__qualname__", type(target).__qualname__)
         info = RewardInfo(
-            name, version, f"{module}:{qualname}", _first_line(target), deterministic, range, timeout, batched
+            name=name,
+            version=version,
+            origin=f"{module}:{qualname}",
+            doc=_first_line(target),
+            deterministic=deterministic,
+            range=range,
+            timeout=timeout,
+            batched=batched,
+            concurrency=concurrency,
+            cost=cost,
+            kind="class" if isinstance(target, type) else "function",
         )
         known = _registered.get(name)
         if known is not None and known.info.origin != info.origin:
@@ -182,6 +216,16 @@ def locate(spec: RewardSpec) -> RewardSource:
     raise RecipeError(
         f"no reward named {spec.name!r}{nearest(spec.name, names)}; registered: {', '.join(names)}"
     )
+
+
+def provenance(info: RewardInfo) -> str:
+    """Where a reward comes from: `built in`, `my_rewards.py:12`, `entry point some_package:function`."""
+    if info.origin.startswith(f"{BUILTIN_MODULE}:"):
+        return "built in"
+    point = _entry_points().get(info.name)
+    if point is not None:
+        return f"entry point {point.value}"
+    return info.place or info.origin
 
 
 def is_builtin(source: RewardSource) -> bool:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.errors import RecipeError
-from posttrain.rewards.builtin import MERGE_KEYS, runs_in_process
-from posttrain.rewards.calling import Outcome, Sample, load_reward
+from posttrain.rewards.builtin import CANONICAL_INPUTS, runs_in_process
+from posttrain.rewards.cache import CacheKeys, RewardCache
+from posttrain.rewards.calling import Outcome, Sample, load_reward, without_logprobs
+from posttrain.rewards.combine import Combination
 from posttrain.rewards.pool import WorkerPool
 from posttrain.rewards.registry import RewardInfo, is_builtin, locate
 from posttrain.rewards.worker import Job
@@ -40,6 +43,10 @@ class RewardStats:
     """Mean value of the scored samples."""
     seconds: float = 0.0
     """Mean seconds a sample took, samples that shared a call included."""
+    slowest: float = 0.0
+    """Seconds of the longest call."""
+    cached: int = 0
+    """Samples whose value was known from an earlier step or an earlier attempt at the run."""
     error_lines: list[str] = field(default_factory=list)
     """The first errors in order of the rollouts, each with reward, version and example."""
 
@@ -72,29 +79,42 @@ class Scorer:
     is done about rollouts without a score is the caller's decision. Calls from several threads take turns.
     """
 
-    def __init__(self, specs: Sequence[RewardSpec], options: RewardOptions):
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        options: RewardOptions,
+        cache: Path | None = None,
+        share: bool = True,
+    ):
         """Load all rewards.
+
+        Args:
+            specs: the rewards.
+            options: what happens around them.
+            cache: this process's file of known values; None keeps none between two calls.
+            share: whether equal samples of a reward that is declared deterministic share one call.
 
         Raises:
             RecipeError: an unknown or repeated reward, or wrong arguments.
-            RewardError: a reward's code cannot be loaded.
+            RewardError: a reward's code cannot be loaded, or the cache cannot be used.
         """
         names = [spec.name for spec in specs]
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
             raise RecipeError(f"reward {repeated[0]!r} is listed twice")
         sources = [locate(spec) for spec in specs]
-        self._weights = {spec.name: spec.weight for spec in specs}
+        self.combination = Combination(specs)
         builtin = {source.name for source in sources if is_builtin(source)}
         local = [s for s in sources if s.name in builtin and runs_in_process(s.name, s.args)]
-        remote = [source for source in sources if source not in local]
+        self._remote = [source for source in sources if source not in local]
         self._local = {source.name: load_reward(source) for source in local}
-        self._remote = [source.name for source in remote]
-        self._merge_keys = {name: key for name, key in MERGE_KEYS.items() if name in builtin}
+        self._canonical = {name: key for name, key in CANONICAL_INPUTS.items() if name in builtin}
         self._workers = options.workers
-        self._pool = WorkerPool(remote, self._workers) if remote else None
+        self._share = share
+        self._cache = RewardCache(cache) if cache is not None and self._remote else None
+        self._pool = WorkerPool(self._remote, self._workers, options.memory_gib) if self._remote else None
         infos = {name: function.info for name, function in self._local.items()}
-        infos |= {info.name: info for info, _ in (self._pool.rewards if self._pool else [])}
+        infos |= {loaded.info.name: loaded.info for loaded in (self._pool.rewards if self._pool else [])}
         self.infos: dict[str, RewardInfo] = {name: infos[name] for name in names}
         self._lock = threading.Lock()
 
@@ -110,96 +130,134 @@ class Scorer:
         """End the worker processes. The scorer cannot be used afterwards; closing twice is harmless."""
         if self._pool is not None:
             self._pool.close()
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
 
     def score(self, rollouts: Sequence[Rollout], step: int | None = None) -> ScoreReport:
-        """Fill `rewards`, `reward_errors` and `reward` of every rollout.
+        """Fill `rewards`, `reward_errors`, `reward_versions` and `reward` of every rollout.
 
-        `reward` is the weighted sum over the rewards that apply. It is None, the rollout is unscored, if one
-        of them failed or none applies; rewards of weight 0 are only recorded and have no say in this.
+        `reward` is the weighted sum over the rewards that apply at `step` (`Combination.total`). It is None,
+        the rollout is unscored, if one of them failed or none applies; rewards of weight 0 are only recorded.
         TRL-style rewards see `step` as `trainer_state.global_step`.
         """
         with self._lock:
-            outcomes, seconds = self._run(rollouts, step)
+            tally = _Tally(self.infos, len(rollouts))
+            self._run(rollouts, step, tally)
         for index, rollout in enumerate(rollouts):
-            own = {name: outcomes[name][index] for name in self.infos}
+            own = {name: tally.outcomes[name][index] for name in self.infos}
             rollout.rewards |= {name: outcome.value for name, outcome in own.items()}
+            rollout.reward_versions |= {name: info.fingerprint for name, info in self.infos.items()}
             for name in own:
                 rollout.reward_errors.pop(name, None)
-            rollout.reward_errors |= {
-                n: f"{o.error}: {o.message}" for n, o in own.items() if o.error is not None
-            }
-            rollout.reward = self._total(own)
+            failed = {n: f"{o.error}: {o.message}" for n, o in own.items() if o.error is not None}
+            rollout.reward_errors |= failed
+            rollout.reward = self.combination.total(rollout.rewards, failed, step)
         return ScoreReport(
             samples=len(rollouts),
             unscored=sum(rollout.reward is None for rollout in rollouts),
-            rewards={n: _stats(self.infos[n], outcomes[n], seconds[n], rollouts) for n in self.infos},
+            rewards={name: _stats(info, tally, rollouts) for name, info in self.infos.items()},
         )
 
-    def _total(self, outcomes: dict[str, Outcome]) -> float | None:
-        used = {name: outcome for name, outcome in outcomes.items() if self._weights[name] != 0}
-        if any(outcome.error is not None for outcome in used.values()):
-            return None
-        parts = [self._weights[n] * outcome.value for n, outcome in used.items() if outcome.value is not None]
-        return sum(parts) if parts else None
-
-    def _run(
-        self, rollouts: Sequence[Rollout], step: int | None
-    ) -> tuple[dict[str, list[Outcome]], dict[str, float]]:
-        """Outcomes of every reward in the order of the rollouts, and the total seconds they took."""
+    def _run(self, rollouts: Sequence[Rollout], step: int | None, tally: _Tally) -> None:
+        """Have every reward score every rollout."""
         samples: list[Sample] = [(rollout.completion, rollout.request.example) for rollout in rollouts]
-        outcomes = {name: [Outcome()] * len(samples) for name in self.infos}
-        seconds = dict.fromkeys(self.infos, 0.0)
         for name, function in self._local.items():
-            start = time.perf_counter()
-            outcomes[name] = [function([sample], step)[0] for sample in samples]
-            seconds[name] = time.perf_counter() - start
+            for index, sample in enumerate(samples):
+                start = time.perf_counter()
+                outcomes = function([sample], step)
+                tally.deliver(name, [[index]], outcomes, time.perf_counter() - start)
+        if self._pool is None:
+            return
+        calls = [self._calls(reward, rollouts, samples, step, tally) for reward in range(len(self._remote))]
 
-        units = [self._units(name, rollouts) for name in self._remote]
+        def deliver(reward: int, unit: int, outcomes: list[Outcome], seconds: float) -> None:
+            call = calls[reward][unit]
+            tally.deliver(self._remote[reward].name, call.units, outcomes, seconds)
+            if self._cache is not None and call.key and all(outcome.error is None for outcome in outcomes):
+                self._cache.add(call.key, [outcome.value for outcome in outcomes])
 
-        def deliver(reward: int, unit: int, results: list[Outcome], elapsed: float) -> None:
-            name, indices = self._remote[reward], units[reward][unit]
-            seconds[name] += elapsed
-            merged = name in self._merge_keys
-            for index, outcome in zip(indices, results * len(indices) if merged else results, strict=True):
-                outcomes[name][index] = outcome
+        jobs = [job for reward, own in enumerate(calls) for job in self._jobs(reward, own, samples, step)]
+        self._pool.run(jobs, deliver)
 
-        if self._pool is not None:
-            jobs = [
-                job
-                for reward in range(len(units))
-                for job in self._jobs(reward, units[reward], samples, step)
-            ]
-            self._pool.run(jobs, deliver)
-        return outcomes, seconds
-
-    def _units(self, name: str, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """Indices of the rollouts that one call scores: a group, equal answers, or a single one."""
+    def _calls(
+        self,
+        reward: int,
+        rollouts: Sequence[Rollout],
+        samples: list[Sample],
+        step: int | None,
+        tally: _Tally,
+    ) -> list[_Call]:
+        """What has to be computed: one call for all units with equal input, none for those that are known."""
+        assert self._pool is not None
+        source, (info, _, sees_step) = self._remote[reward], self._pool.rewards[reward]
         units: dict[Hashable, list[int]] = {}
-        merge_key = self._merge_keys.get(name)
         for index, rollout in enumerate(rollouts):
-            key: Hashable = index
-            if self.infos[name].batched:
-                key = rollout.request.group
-            elif merge_key is not None:
-                key = merge_key(rollout.completion, rollout.request.example)
-            units.setdefault(key, []).append(index)
-        return list(units.values())
+            units.setdefault(rollout.request.group if info.batched else index, []).append(index)
+        if not (info.deterministic and self._share):
+            return [_Call([unit]) for unit in units.values()]
+        keys = CacheKeys(info, source.args, self._canonical.get(info.name), step if sees_step else None)
+        calls: dict[str, _Call] = {}
+        for unit in units.values():
+            key = keys.of([samples[index] for index in unit])
+            known = None if self._cache is None else self._cache.get(key)
+            if known is not None:
+                tally.deliver(info.name, [unit], [Outcome(value) for value in known], 0.0)
+                tally.cached[info.name] += len(unit)
+            else:
+                calls.setdefault(key, _Call([], key)).units.append(unit)
+        return list(calls.values())
 
     def _jobs(
-        self, reward: int, units: list[list[int]], samples: list[Sample], step: int | None
-    ) -> list[Job]:
-        size = min(max(len(units) // (4 * self._workers), 1), MAX_JOB_UNITS)
-        merged = self._remote[reward] in self._merge_keys
-        content = [[samples[index] for index in (unit[:1] if merged else unit)] for unit in units]
-        return [
-            Job(reward, content[at : at + size], list(range(at, min(at + size, len(units)))), step)
-            for at in range(0, len(units), size)
-        ]
+        self, reward: int, calls: list[_Call], samples: list[Sample], step: int | None
+    ) -> Iterator[Job]:
+        """Jobs of as many calls as keep all workers busy and the reward's concurrency allows."""
+        assert self._pool is not None
+        info, concurrent, _ = self._pool.rewards[reward]
+        size = min(max(len(calls) // (4 * self._workers), 1), MAX_JOB_UNITS)
+        if concurrent and info.concurrency is not None:
+            size = max(info.concurrency // self._workers, 1)
+        visible = without_logprobs if info.deterministic else _as_it_is
+        content = [[visible(samples[index]) for index in call.units[0]] for call in calls]
+        for start in range(0, len(calls), size):
+            ids = range(start, min(start + size, len(calls)))
+            yield Job(reward, content[start : start + size], list(ids), step)
 
 
-def _stats(
-    info: RewardInfo, outcomes: list[Outcome], seconds: float, rollouts: Sequence[Rollout]
-) -> RewardStats:
+@dataclass
+class _Call:
+    """One call of a reward: units (indices of rollouts) with equal input, the first of which is computed."""
+
+    units: list[list[int]]
+    key: str = ""
+
+
+class _Tally:
+    """Outcomes and times of one call of the scorer, by reward."""
+
+    def __init__(self, names: Iterable[str], samples: int):
+        self.outcomes = {name: [Outcome()] * samples for name in names}
+        self.seconds = dict.fromkeys(self.outcomes, 0.0)
+        self.slowest = dict.fromkeys(self.outcomes, 0.0)
+        self.cached = dict.fromkeys(self.outcomes, 0)
+
+    def deliver(
+        self, name: str, units: Iterable[Sequence[int]], outcomes: Sequence[Outcome], seconds: float
+    ) -> None:
+        """Note the outcomes of one call, which are those of all its units."""
+        self.seconds[name] += seconds
+        self.slowest[name] = max(self.slowest[name], seconds)
+        for unit in units:
+            for index, outcome in zip(unit, outcomes, strict=True):
+                self.outcomes[name][index] = outcome
+
+
+def _as_it_is(sample: Sample) -> Sample:
+    return sample
+
+
+def _stats(info: RewardInfo, tally: _Tally, rollouts: Sequence[Rollout]) -> RewardStats:
+    outcomes = tally.outcomes[info.name]
     values = [outcome.value for outcome in outcomes if outcome.value is not None]
     failed = [
         (outcome, rollout) for outcome, rollout in zip(outcomes, rollouts, strict=True) if outcome.error
@@ -209,7 +267,9 @@ def _stats(
         not_applicable=len(outcomes) - len(values) - len(failed),
         errors=Counter(str(outcome.error) for outcome, _ in failed),
         mean=sum(values) / len(values) if values else None,
-        seconds=seconds / max(len(outcomes), 1),
+        seconds=tally.seconds[info.name] / max(len(outcomes), 1),
+        slowest=tally.slowest[info.name],
+        cached=tally.cached[info.name],
         error_lines=[
             f"reward {info.name} (version {info.version}), example {rollout.request.example.id!r}, "
             f"completion {rollout.index}: {outcome.error}: {outcome.message}"

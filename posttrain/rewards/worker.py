@@ -11,10 +11,12 @@ need. It is given a socket and a few bytes of shared memory:
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import faulthandler
 import math
 import mmap
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -31,6 +33,7 @@ LOAD_SECONDS = 300.0
 PROGRESS_BYTES = 4
 FLUSH_SECONDS = 0.005
 """Results of fast rewards travel together for so long."""
+PR_SET_CHILD_SUBREAPER = 36
 NO_SOCKET = 75
 """Exit code when the socket is closed: by the parent, or by a reward some time ago."""
 ORPHAN_GRACE = 3.0
@@ -59,10 +62,18 @@ class Job:
         return replace(self, units=[self.units[i] for i in chosen], ids=[self.ids[i] for i in chosen])
 
 
-class Ready(NamedTuple):
-    """All rewards are loaded. For each: what it declares, and whether it is async."""
+class Loaded(NamedTuple):
+    """A reward that is loaded: what it declares, whether it is async, and whether it can tell the step."""
 
-    rewards: list[tuple[RewardInfo, bool]]
+    info: RewardInfo
+    concurrent: bool
+    sees_step: bool
+
+
+class Ready(NamedTuple):
+    """All rewards are loaded."""
+
+    rewards: list[Loaded]
 
 
 class Done(NamedTuple):
@@ -76,10 +87,17 @@ class Done(NamedTuple):
 Reply = Ready | PosttrainError | list[Done]
 
 
-def main(socket: int, memory: int) -> None:
-    """Serve jobs over inherited descriptors until the parent closes the socket or ends."""
+def main(socket: int, memory: int, memory_limit: int) -> None:
+    """Serve jobs over inherited descriptors until the parent closes the socket or ends.
+
+    `memory_limit` is in bytes; 0 is none.
+    """
     connection = Connection(socket)
     progress = mmap.mmap(memory, PROGRESS_BYTES)
+    if memory_limit:
+        # Of private writable memory: address space that is only reserved, as CUDA does, does not count.
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
+    _adopt_orphans()
     try:
         sources: list[RewardSource] = connection.recv()
         _expire_after(LOAD_SECONDS)
@@ -88,7 +106,7 @@ def main(socket: int, memory: int) -> None:
         except PosttrainError as error:
             connection.send(error)
             os._exit(0)
-        connection.send(Ready([(reward.info, reward.concurrent) for reward in rewards]))
+        connection.send(Ready([Loaded(r.info, r.concurrent, r.sees_step) for r in rewards]))
         faulthandler.cancel_dump_traceback_later()
         with asyncio.Runner() as runner:
             while True:
@@ -139,3 +157,9 @@ async def _run_concurrently(reward: BoundReward, job: Job, connection: Connectio
 def _expire_after(seconds: float) -> None:
     # Works without the interpreter lock, so also while a regular expression backtracks for ever.
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+
+
+def _adopt_orphans() -> None:
+    """Stay the ancestor of every process that a reward starts, so that the parent finds and ends them all."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -96,8 +96,9 @@ class Rollout:
     """A request, one of its completions, and what was found out about it.
 
     `rewards` holds one value per reward function: a number, or None where the reward does not apply or
-    could not be computed; in the second case `reward_errors` says why. `reward` is the weighted sum, None
-    while the rollout is unscored. Methods may write into `info`.
+    could not be computed; in the second case `reward_errors` says why. `reward_versions` has the version and
+    code hash of each that was asked. `reward` is the weighted sum, None while the rollout is unscored.
+    Methods may write into `info`.
     """
 
     request: RolloutRequest
@@ -106,6 +107,7 @@ class Rollout:
     policy_version: int
     rewards: dict[str, float | None] = field(default_factory=dict)
     reward_errors: dict[str, str] = field(default_factory=dict)
+    reward_versions: dict[str, str] = field(default_factory=dict)
     reward: float | None = None
     info: dict[str, Any] = field(default_factory=dict)
 

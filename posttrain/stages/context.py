@@ -53,6 +53,11 @@ class StageContext:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    @property
+    def reward_cache(self) -> Path:
+        """This process's file of reward values; those of the other processes and stages are beside it."""
+        return self.run_dir / "cache" / "rewards" / f"{self.rank}.jsonl"
+
     def log_step(self, step: int, steps: int, metrics: dict[str, Any]) -> None:
         """Write one line of `metrics.jsonl` and show it."""
         self.metrics.write(stage=self.name, kind=self.kind, step=step, metrics=metrics)

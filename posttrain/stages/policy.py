@@ -54,7 +54,7 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
         seed=recipe.seed,
     )
     try:
-        with Scorer(recipe.rewards, recipe.reward_options) as scorer:
+        with Scorer(recipe.rewards, recipe.reward_options, context.reward_cache) as scorer:
             room = engine.max_model_len - recipe.rollout.max_tokens
             prompts = _fitting(examples, tokenizer, source.format, stage, room)
             ids_of = {example.id: ids for example, ids in prompts}

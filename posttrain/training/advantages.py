@@ -89,6 +89,24 @@ def group_advantages(
     return _scaled(_centred(rewards, groups), scale, rewards, groups, eps, batch_stats)
 
 
+def decoupled_rewards(values: Floats, weights: Floats, groups: Sequence[Hashable]) -> Floats:
+    """Σ weightₖ (rₖ - mean of the group) / (standard deviation + eps), each reward by itself.
+
+    The first half of GDPO (Liu et al. 2026, "Group reward-decoupled normalization policy optimization"); the
+    second is `reinforce_pp_baseline` of the result, whose group means are 0.
+
+    Args:
+        values: [rollouts, rewards]; NaN where a reward does not apply, which its statistics leave out.
+        weights: [rewards].
+        groups: a key per rollout.
+    """
+    total = np.zeros(len(values))
+    for column, weight in zip(values.T, weights, strict=True):
+        applies = np.flatnonzero(~np.isnan(column))
+        total[applies] += weight * group_advantages(column[applies], [groups[i] for i in applies])
+    return total
+
+
 def leave_one_out(rewards: Floats, groups: Sequence[Hashable]) -> Floats:
     """r minus the mean of the other rewards of its group: RLOO (Ahmadian et al. 2024)."""
     index, sizes = _group_index(groups)

@@ -125,6 +125,7 @@ class PendingBatch:
             "dropped": _dump(collected.dropped),
             "reasons": collected.reasons,
             "seconds": collected.seconds,
+            "counts": collected.counts,
         }
 
     @classmethod
@@ -139,6 +140,7 @@ class PendingBatch:
                 _ROLLOUTS.validate_python(state["dropped"]),
                 state["reasons"],
                 state["seconds"],
+                state["counts"],
             )
         )
         return cls(state["step"], state["version"], contexts, tally, future, extended=True)

@@ -12,7 +12,7 @@ import numpy as np
 from posttrain.errors import RewardError, TrainingError
 from posttrain.methods.base import Method, RolloutPlan, StepContext
 from posttrain.recipe.schema import PolicyStage, RewardOptions, RolloutConfig
-from posttrain.rewards.scorer import Scorer
+from posttrain.rewards.scorer import Scorer, ScoreReport
 from posttrain.rollout.engine import RolloutEngine
 from posttrain.rollout.types import (
     Example,
@@ -24,7 +24,7 @@ from posttrain.rollout.types import (
     make_rollouts,
     with_seed,
 )
-from posttrain.training.advantages import zero_variance
+from posttrain.training.advantages import Floats, decoupled_rewards, zero_variance
 from posttrain.training.prompts import PromptOrder
 
 SOLUTION = "solution"
@@ -42,6 +42,8 @@ class Collected:
     dropped: list[Rollout] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    """What scoring had to report, by the name of the metric: cache hits, and errors of each kind."""
 
     def drop(self, rollouts: Sequence[Rollout], reason: Callable[[Rollout], str]) -> None:
         """Leave rollouts out of the batch."""
@@ -49,6 +51,14 @@ class Collected:
         self.dropped += rollouts
         self.reasons |= {rollout.id: reason(rollout) for rollout in rollouts}
         self.batch = self.batch.filter(lambda rollout: rollout.id not in ids)
+
+    def count(self, report: ScoreReport) -> None:
+        """Add what a call of the scorer reports."""
+        found = {"rewards/cache_hits": sum(stats.cached for stats in report.rewards.values())}
+        for name, stats in report.rewards.items():
+            found |= {f"rewards/{name}/errors/{kind}": count for kind, count in stats.errors.items()}
+        for name, count in found.items():
+            self.counts[name] = self.counts.get(name, 0) + count
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -197,7 +207,7 @@ class Collector:
             RewardError: a reward failed and the recipe says `on_error: fail`.
         """
         with collected.timed("score"):
-            self.scorer.score(rollouts, step)
+            collected.count(self.scorer.score(rollouts, step))
         failed = [rollout for rollout in rollouts if has_failed(rollout)]
         if failed and self.rewards.on_error == "fail":
             name, why = next(iter(failed[0].reward_errors.items()))
@@ -206,12 +216,28 @@ class Collector:
                 f"the first, for example {failed[0].request.example.id!r}: {why}"
             )
 
+    def signal(self, rollouts: Sequence[Rollout], step: int) -> Floats:
+        """What advantages are made of, one number for each scored rollout.
+
+        That is the reward, or with `normalize_then_sum` the sum of the rewards normalised within groups.
+        """
+        if self.rewards.combine == "sum_then_normalize":
+            return np.array([rollout.reward for rollout in rollouts], dtype=np.float64)
+        weights = self.scorer.combination.weights(step)
+        terms = [self.scorer.combination.terms(rollout.rewards, step) for rollout in rollouts]
+        values = np.array([[term.get(name, np.nan) for name in weights] for term in terms], dtype=np.float64)
+        return decoupled_rewards(
+            values.reshape(len(rollouts), len(weights)),
+            np.array(list(weights.values())),
+            [rollout.request.group for rollout in rollouts],
+        )
+
     def _replace_zero_variance(self, collected: Collected, step: int) -> None:
         """Dynamic sampling: new prompts for groups whose rewards are all the same (DAPO, section 3.2)."""
         for attempt in range(1, self.stage.dynamic_sampling + 1):
             solutions = collected.batch.with_role(SOLUTION).rollouts
-            rewards = np.array([rollout.reward for rollout in solutions], dtype=np.float64)
-            flat = zero_variance(rewards, [rollout.request.group for rollout in solutions])
+            groups = [rollout.request.group for rollout in solutions]
+            flat = zero_variance(self.signal(solutions, step), groups)
             if not flat:
                 return
             collected.drop(

@@ -110,6 +110,8 @@ def rollout_metrics(tally: Tally, collected: Collected, rows: Sequence[TrainRow]
             int(np.any(np.stack([*row.advantages.values()]), axis=0).sum()) for row in rows if row.advantages
         ),
     )
+    for name, count in collected.counts.items():
+        tally.total(name, count)
     for phase, seconds in collected.seconds.items():
         tally.total(f"seconds/{phase}", seconds)
 

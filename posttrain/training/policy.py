@@ -258,20 +258,22 @@ class PolicyTrainer(Trainer):
 
     def _channels(self, batch: RolloutBatch, contexts: Sequence[StepContext]) -> list[Channel]:
         """The outcome channel, then what the methods add; a later channel replaces one of the same name."""
-        channels = {OUTCOME: self._outcome(batch.with_role(SOLUTION).rollouts)}
+        channels = {OUTCOME: self._outcome(batch.with_role(SOLUTION).rollouts, contexts[0].step)}
         for method, context in zip(self.methods, contexts, strict=False):
             channels |= {channel.name: channel for channel in method.channels(batch, context)}
         return list(channels.values())
 
-    def _outcome(self, rollouts: list[Rollout]) -> Channel:
-        loss = self.stage.loss
-        rewards = np.array([rollout.reward for rollout in rollouts], dtype=np.float64)
+    def _outcome(self, rollouts: list[Rollout], step: int) -> Channel:
+        kind, scale = self.stage.loss.kind, self.stage.loss.scale
+        if self.collector.rewards.combine == "normalize_then_sum":
+            kind, scale = "reinforce_pp", "batch"  # what is left of GDPO once each reward is normalised
+        rewards = self.collector.signal(rollouts, step)
         groups = [rollout.request.group for rollout in rollouts]
         stats = None
-        if (loss.scale or default_scale(loss.kind)) == "batch":
-            moments = torch.tensor(batch_moments(loss.kind, rewards, groups), device=self.accelerator.device)
+        if (scale or default_scale(kind)) == "batch":
+            moments = torch.tensor(batch_moments(kind, rewards, groups), device=self.accelerator.device)
             stats = BatchStats.from_moments(self.accelerator.reduce(moments, "sum").cpu().numpy())
-        advantages = compute_advantages(loss.kind, loss.scale, rewards, groups, stats)
+        advantages = compute_advantages(kind, scale, rewards, groups, stats)
         return Channel(
             OUTCOME,
             {rollout.id: float(value) for rollout, value in zip(rollouts, advantages, strict=True)},

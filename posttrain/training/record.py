@@ -7,12 +7,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from posttrain.errors import TrainingError
+from posttrain.rewards.registry import RewardInfo, provenance
 from posttrain.rollout.types import Rollout
 
 
@@ -55,6 +57,15 @@ def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, default=jsonable, allow_nan=False)
     with replacing(path) as file:
         file.write((text + "\n").encode())
+
+
+def note_rewards(path: Path, rewards: Sequence[RewardInfo]) -> None:
+    """List the rewards of a run with version and code hash; what an earlier attempt listed stays there."""
+    listed = json.loads(path.read_text()) if path.is_file() else []
+    for info in rewards:
+        entry = json.loads(json.dumps({**asdict(info), "provenance": provenance(info)}))
+        listed += [] if entry in listed else [entry]
+    write_json(path, listed)
 
 
 class Clock:
@@ -141,6 +152,7 @@ def rollout_rows(
             "loss_mask": None if completion.loss_mask is None else list(completion.loss_mask),
             "reward": rollout.reward,
             "reward_errors": json.dumps(rollout.reward_errors, ensure_ascii=False),
+            "reward_versions": json.dumps(rollout.reward_versions, ensure_ascii=False),
         }
         row |= {f"reward/{name}": value for name, value in rollout.rewards.items()}
         if status is not None:

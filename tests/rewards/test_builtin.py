@@ -5,7 +5,7 @@ from rewards.scoring import completion
 
 from posttrain.errors import RecipeError
 from posttrain.rewards.builtin import (
-    MERGE_KEYS,
+    CANONICAL_INPUTS,
     Format,
     LengthPenalty,
     MathAnswer,
@@ -81,7 +81,7 @@ def test_a_degenerate_reference_is_an_error(math_answer):
 
 
 def test_math_answer_depends_on_its_merge_key_alone():
-    key = MERGE_KEYS["math_answer"]
+    key = CANONICAL_INPUTS["math_answer"]
     one = key(completion("so \\boxed{42}"), example("a\n#### 42"))
     assert one == key(completion("\\boxed{42} it is"), example("42"))
     assert one != key(completion("\\boxed{42}"), example("43"))

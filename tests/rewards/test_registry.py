@@ -47,7 +47,8 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 
 
 def test_a_declaration_is_kept():
-    @reward("mine", version="3", range=(-1, 1), deterministic=False, timeout=2.0, batched=True)
+    @reward("mine", version="3", range=(-1, 1), deterministic=False, timeout=2.0, batched=True,
+            concurrency=4, cost=0.01)  # fmt: skip
     def function(completions, examples):
         """First line.
 
@@ -56,7 +57,7 @@ def test_a_declaration_is_kept():
 
     info = known_rewards()["mine"]
     origin = f"{__name__}:test_a_declaration_is_kept.<locals>.function"
-    assert info == RewardInfo("mine", "3", origin, "First line.", False, (-1, 1), 2.0, True)
+    assert info == RewardInfo("mine", "3", origin, "First line.", False, (-1, 1), 2.0, True, 4, 0.01)
 
 
 def test_a_name_belongs_to_one_code():

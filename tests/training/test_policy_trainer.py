@@ -222,10 +222,11 @@ def test_dynamic_sampling_replaces_groups_without_variance(model_folder, tmp_pat
 
     class Flat(EvenTokens):
         def score(self, rollouts, step=None):
-            super().score(rollouts, step)
+            report = super().score(rollouts, step)
             for rollout in rollouts:
                 if rollout.request.group.count(".") == 1 and rollout.request.group.endswith(".0"):
                     rollout.reward = 0.5
+            return report
 
     stage = make_stage(dynamic_sampling=2)
     make_trainer(model_folder, tmp_path, stage=stage, scorer=Flat(), on_rollouts=records.append).train()
