@@ -7,25 +7,31 @@ import importlib.util
 import logging
 import os
 import random
+import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import PosttrainError, RolloutError
+from posttrain.rollout.adapter_files import adapter_weights, served_rank, why_merged, write_adapter
 from posttrain.rollout.engine import check_requests, fork_requests
-from posttrain.rollout.tokens import end_of_sequence_ids, make_completions, model_context
-from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling, derive_seed
+from posttrain.rollout.tokens import make_completions, model_context
+from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling
+from posttrain.rollout.vllm_options import engine_options, sampling_options, served_dtype, stop_ids
 from posttrain.rollout.weights import named_weights
 
 logger = logging.getLogger(__name__)
 
-_TEMPERATURES = (0.01, 2.0)  # vLLM raises lower ones to the first and refuses higher ones
+_PROBE_LENGTH, _PROBE_TOKENS = 16, 20  # a short prompt; the most log-probs that vLLM returns by default
+_PROBE_TOLERANCE = 1e-4  # the same kernels on the same weights; one step of training changes more
 _LOG_LEVEL = "ERROR"  # at every start and sync it warns of things that are as they should be here
 
 
@@ -43,6 +49,8 @@ class VllmEngine:
         batch_size: sequences decoded together.
         memory_fraction: share of the device memory on a GPU.
         kv_cache_gib: size of the key-value cache on a CPU.
+        lora_rank: of the adapters that a `sync` may bring; they are then sent without the base weights. None:
+            adapters arrive merged, as do those that vLLM cannot serve.
         seed: of vLLM itself; completions depend on the requests' seeds alone.
 
     With several processes (`torch.distributed`), every process has an engine of its own and all must build
@@ -69,6 +77,7 @@ class VllmEngine:
         batch_size: int = 256,
         memory_fraction: float = 0.3,
         kv_cache_gib: float = 1.0,
+        lora_rank: int | None = None,
         seed: int = 0,
     ) -> None:
         if (other := VllmEngine._open()) is not None and other._llm is not None:
@@ -76,64 +85,62 @@ class VllmEngine:
                 "a vllm engine is open in this process; it must be closed before the next is built"
             )
         _prepare_environment()
-        from vllm import LLM
-        from vllm.distributed import cleanup_dist_env_and_memory
         from vllm.platforms import current_platform
 
-        if not logger.isEnabledFor(logging.DEBUG):
-            logging.getLogger("vllm").setLevel(_LOG_LEVEL)
         on_cpu = current_platform.is_cpu()
         # On a CPU the model runs eagerly; compiling the few helpers left would only delay the first call.
         self._stance = "force_eager" if on_cpu else "default"
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        context = max_model_len or model_context(config)
-        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._several = dist.is_initialized() and dist.get_world_size() > 1
         self._owns_group = not dist.is_initialized()
+        self._max_rank = served_rank(lora_rank)
+        self._options = {
+            "model": path,
+            "revision": revision,
+            "tokenizer_revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "distributed_executor_backend": "external_launcher" if self._several else "uni",
+            "use_tqdm_on_load": False,
+            **engine_options(
+                dtype=served_dtype(config, dtype),
+                context=max_model_len or model_context(config),
+                batch_size=batch_size,
+                memory_fraction=memory_fraction,
+                kv_cache_gib=kv_cache_gib,
+                seed=seed,
+                on_cpu=on_cpu,
+            ),
+        }
+        if self._max_rank is not None:
+            self._options |= {"enable_lora": True, "max_lora_rank": self._max_rank, "max_loras": 1}
         self._llm: Any = None
-        try:
-            with _process_state_kept():
-                self._llm = LLM(
-                    model=path,
-                    revision=revision,
-                    tokenizer_revision=revision,
-                    trust_remote_code=trust_remote_code,
-                    dtype=str(config.dtype or torch.float32).removeprefix("torch.")
-                    if dtype == "auto"
-                    else dtype,
-                    max_model_len=context,
-                    max_num_seqs=batch_size,
-                    seed=seed,
-                    distributed_executor_backend="external_launcher" if several else "uni",
-                    enable_prefix_caching=True,
-                    logprobs_mode="processed_logprobs",
-                    # Sampling comes from the request alone, not from the defaults saved with the model.
-                    generation_config="vllm",
-                    use_tqdm_on_load=False,
-                    **(_cpu_options(context, kv_cache_gib) if on_cpu else _gpu_options(memory_fraction)),
-                )
-        except (ValueError, RuntimeError) as error:
-            with _default_group_kept(not self._owns_group):
-                cleanup_dist_env_and_memory()
-            raise RolloutError(f"vLLM cannot serve {path!r}: {error}") from error
+        self._adapter: _SentAdapter | None = None
+        self._base_served = False
+        self._start()
         VllmEngine._open = weakref.ref(self)
         self.version = 0
         self.max_model_len: int = self._llm.model_config.max_model_len
         self._tokenizer = tokenizer
-        self._eos = sorted(end_of_sequence_ids(_generation_config(path, revision), tokenizer))
+        self._eos = stop_ids(path, revision, tokenizer)
+        self._synced: PreTrainedModel | None = None
+        self._served = self._probe()
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`."""
+        """See `RolloutEngine.generate`. If vLLM fails, it is started once more and asked again.
+
+        Raises:
+            RolloutError: also when vLLM fails again, or serves other weights after the restart.
+        """
         if self._llm is None:
             raise RolloutError("the rollout engine is closed")
         check_requests(requests, self.max_model_len)
         rows = [(request, index) for request in requests for index in range(request.sampling.n)]
-        with _process_state_kept(), torch.compiler.set_stance(self._stance):
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": list(request.prompt_ids)} for request, _ in rows],
-                [self._sampling_params(request, index) for request, index in rows],
-                use_tqdm=False,
-            )
-        answers = [output.outputs[0] for output in outputs]
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request, _ in rows]
+        samplings = [self._sampling_params(request, index) for request, index in rows]
+        try:
+            answers = self._ask(prompts, samplings)
+        except Exception as error:
+            answers = self._ask_again(prompts, samplings, error)
         completions = iter(
             make_completions(
                 self._tokenizer,
@@ -151,13 +158,11 @@ class VllmEngine:
         return self.generate(fork_requests(rollout, cuts, n, sampling))
 
     def sync(self, model: PreTrainedModel) -> None:
-        """Copy the weights of `model` into vLLM, LoRA adapters merged on the way."""
+        """Copy the weights of `model` into vLLM: its LoRA adapter alone where vLLM serves it, else merged."""
         if self._llm is None:
             raise RolloutError("the rollout engine is closed")
-        with _process_state_kept():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(model)})
-        if not self._llm.reset_prefix_cache():
-            raise RolloutError("vLLM kept prefixes of the old weights in its cache after a sync")
+        self._send(model)
+        self._synced, self._served = model, self._probe()
         self.version += 1
 
     def close(self) -> None:
@@ -166,38 +171,108 @@ class VllmEngine:
             return
         with _default_group_kept(not self._owns_group):
             self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
+        self._llm = self._synced = self._adapter = None
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 
-    def _sampling_params(self, request: RolloutRequest, index: int) -> Any:
-        """One completion's parameters: a request of n becomes n of one, each with the seed of its index.
+    def _start(self) -> None:
+        from vllm import LLM
+        from vllm.distributed import cleanup_dist_env_and_memory
 
-        vLLM's own n derives seeds that overlap between requests with neighbouring seeds.
-        """
+        if not logger.isEnabledFor(logging.DEBUG):
+            logging.getLogger("vllm").setLevel(_LOG_LEVEL)
+        try:
+            with _process_state_kept():
+                self._llm = LLM(**self._options)
+                self._base_served = True  # as in the checkpoint, on which every adapter of the policy rests
+        except (ValueError, RuntimeError) as error:
+            with _default_group_kept(not self._owns_group):
+                cleanup_dist_env_and_memory()
+            raise RolloutError(f"vLLM cannot serve {self._options['model']!r}: {error}") from error
+
+    def _ask(self, prompts: list[Any], samplings: list[Any]) -> list[Any]:
+        """vLLM's own outputs, one for each prompt."""
+        request = self._adapter.request if self._adapter is not None else None
+        with _process_state_kept(), torch.compiler.set_stance(self._stance):
+            outputs = self._llm.generate(prompts, samplings, use_tqdm=False, lora_request=request)
+        return [output.outputs[0] for output in outputs]
+
+    def _ask_again(self, prompts: list[Any], samplings: list[Any], error: Exception) -> list[Any]:
+        """Start vLLM anew after an error, which leaves requests behind in it, and ask for the same."""
+        model = self._synced
+        self.close()
+        if self._several:  # all processes would have to start theirs at the same time
+            raise RolloutError(f"vLLM failed: {error}") from error
+        logger.warning("vLLM failed and is started again: %s", error)
+        try:
+            self._start()
+            if model is not None:
+                self._send(model)
+                self._synced = model
+            same = np.allclose(self._probe(), self._served, atol=_PROBE_TOLERANCE, equal_nan=True)
+            answers = self._ask(prompts, samplings) if same else []
+        except Exception as again:
+            self.close()
+            raise RolloutError(f"vLLM failed again after a restart: {again}") from again
+        if not same:
+            self.close()
+            raise RolloutError("vLLM serves other weights after a restart than at the last sync")
+        return answers
+
+    def _send(self, model: PreTrainedModel) -> None:
+        apart = why_merged(model, self._max_rank) is None
+        with _process_state_kept():
+            if not (apart and self._base_served):
+                weights = named_weights(model, merge=not apart)
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self._base_served = apart
+            self._drop_adapter()
+            if apart:
+                self._send_adapter(model)
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError("vLLM kept prefixes of the old weights in its cache after a sync")
+
+    def _send_adapter(self, model: PreTrainedModel) -> None:
+        """Each adapter has a number of its own: by that vLLM keeps what it knows of it."""
+        from vllm.lora.request import LoRARequest
+
+        number = self.version + 1
+        folder = tempfile.TemporaryDirectory(prefix="posttrain-adapter-")
+        path = Path(folder.name) / "adapter"
+        write_adapter(path, model, adapter_weights(model))
+        self._adapter = _SentAdapter(LoRARequest(f"policy-{number}", number, str(path)), folder)
+        self._llm.llm_engine.add_lora(self._adapter.request)
+
+    def _drop_adapter(self) -> None:
+        if self._adapter is not None:
+            self._llm.llm_engine.remove_lora(self._adapter.request.lora_int_id)
+            self._adapter = None
+
+    def _probe(self) -> list[float]:
+        """Log-probs of the most probable tokens after a fixed prompt: they tell served weights apart."""
         from vllm import SamplingParams
 
-        sampling: Sampling = request.sampling
-        lowest, highest = _TEMPERATURES
-        if sampling.temperature != 0 and not lowest <= sampling.temperature <= highest:
-            raise RolloutError(
-                f"request for example {request.example.id!r}: vLLM samples at temperature 0 or {lowest} to "
-                f"{highest}, not {sampling.temperature}"
-            )
-        return SamplingParams(
-            max_tokens=min(sampling.max_tokens, self.max_model_len - len(request.prompt_ids)),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=derive_seed(sampling.seed, index),
-            stop=list(sampling.stop),
-            stop_token_ids=sorted({*self._eos, *sampling.stop_token_ids}),
-            detokenize=bool(sampling.stop),
-            include_stop_str_in_output=True,
-            logprobs=0,  # of the sampled token alone
-            flat_logprobs=True,
+        sampling = SamplingParams(
+            max_tokens=1, temperature=0, logprobs=_PROBE_TOKENS, detokenize=False, flat_logprobs=True
         )
+        length = min(_PROBE_LENGTH, self.max_model_len - 1)
+        (answer,) = self._ask([{"prompt_token_ids": list(range(length))}], [sampling])
+        return list(answer.logprobs.logprobs)
+
+    def _sampling_params(self, request: RolloutRequest, index: int) -> Any:
+        from vllm import SamplingParams
+
+        options = sampling_options(request, index, self.max_model_len, self._eos)
+        return SamplingParams(**options, detokenize=bool(options["stop"]), flat_logprobs=True)
+
+
+@dataclass(frozen=True)
+class _SentAdapter:
+    """The adapter that vLLM applies, and the folder it was read from, which goes when this does."""
+
+    request: Any
+    folder: tempfile.TemporaryDirectory[str]
 
 
 def _prepare_environment() -> None:
@@ -215,24 +290,6 @@ def _prepare_environment() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not logger.isEnabledFor(logging.DEBUG):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", _LOG_LEVEL)
-
-
-def _cpu_options(context: int, kv_cache_gib: float) -> dict[str, Any]:
-    return {
-        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-        "enforce_eager": True,
-        # A prompt cut in chunks crashes seeded sampling: vLLM winds back the generator after a chunk, and
-        # torch's CPU generator has no offset to wind back.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(context, 4096),
-        # The smallest that its attention takes, not its 128: whole blocks are what completions of one prompt
-        # share, so that with 128 a shorter prompt is computed for each of them.
-        "block_size": 32,
-    }
-
-
-def _gpu_options(memory_fraction: float) -> dict[str, Any]:
-    return {"gpu_memory_utilization": memory_fraction}
 
 
 @contextmanager
@@ -271,10 +328,3 @@ def _default_group_kept(keep: bool) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group = destroy
-
-
-def _generation_config(path: str, revision: str | None) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(path, revision=revision)
-    except OSError:  # a checkpoint need not have one
-        return None

@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
-def named_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight and its checkpoint name, one after the other, with LoRA adapters merged.
+def named_weights(
+    model: PreTrainedModel | PeftModel, *, merge: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight and its checkpoint name, one after the other, with LoRA adapters merged or left out.
 
     Names come from the state dict, not from `named_parameters`: of two tied weights that has both names,
     and vLLM keeps its old head when `lm_head.weight` is missing. Merged matrices are new tensors, made one
@@ -42,7 +44,7 @@ def named_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, tor
         owner, _, part = path.rpartition(".")
         layer = modules.get(owner)
         if part == "base_layer" and isinstance(layer, LoraLayer):
-            yield f"{owner}.{leaf}", _merged(layer, weight) if leaf == "weight" else whole(weight)
+            yield f"{owner}.{leaf}", _merged(layer, weight) if merge and leaf == "weight" else whole(weight)
         elif (kept := _without_wrapper(name, active)) is not None:
             yield kept, whole(weight)
 
