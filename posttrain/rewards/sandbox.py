@@ -3,10 +3,11 @@
 `Sandbox.run` runs programs one after the other, each in an interpreter of its own. What the isolation covers
 (Linux 5.14 or later; no privileges are needed where the system allows user namespaces):
 
-- Files: the program sees the interpreter, the standard library and the system's shared libraries, all of it
-  read-only, and an empty directory in memory, its own, which is gone afterwards. No /proc, no other programs.
-- Processes: namespaces of its own for processes, users, mounts, network (without any interface), IPC and host
-  name. It cannot see, signal or trace anything outside; what it leaves running is killed.
+- Files: the program sees the interpreter, its standard library without installed packages, and the system's
+  /lib and /usr/lib, for their shared libraries, all of it read-only; and a directory in memory, its own,
+  which is gone afterwards. No /proc, no other programs.
+- Processes: namespaces of its own for processes, users, mounts, network (nothing but a loopback that is
+  down), IPC and host name. It cannot see, signal or trace anything outside; what it leaves running is killed.
 - Privileges: an ordinary user without capabilities and without a way to gain any.
 - Inheritance: an empty environment, no descriptors, no terminal, no keyring.
 - Limits: wall-clock and CPU time, address space and number of processes (together they bound memory), size
@@ -197,7 +198,8 @@ def _interpreter() -> tuple[str, list[str], list[str]]:
     for path in wanted:
         if str(path) not in visible and not any(parent in map(Path, visible) for parent in path.parents):
             visible.append(str(path))
-    return str(python), visible, site.getsitepackages([str(base)])
+    hidden = [*site.getsitepackages([str(base)]), *map(str, Path("/usr/lib").glob("python3*/dist-packages"))]
+    return str(python), visible, list(dict.fromkeys(hidden))
 
 
 def _user() -> str:

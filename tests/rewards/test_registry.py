@@ -16,6 +16,7 @@ def spec(name, **options):
 def test_known_rewards():
     known = known_rewards()
     assert list(known) == [
+        "code",
         "exact_match",
         "format",
         "length_penalty",
