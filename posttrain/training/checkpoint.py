@@ -181,12 +181,14 @@ class Checkpointer(TrainerCallback):
             yield
         except UnpicklingError as error:
             raise TrainingError(
-                f"{self.start} is not loaded: a file in it is to run code when read, which no checkpoint needs"
+                f"{self.start} is not loaded: a file in it would run code, which no checkpoint needs"
             ) from error
         except (OSError, RuntimeError, SafetensorError) as error:
             if not self._saving:
                 raise
             reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
+            if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+                reason = "a file could not be written in full"  # what torch.save makes of every such error
             free = free_space(self.folder)
             shutil.rmtree(self.output_dir, ignore_errors=True)
             raise TrainingError(

@@ -209,7 +209,7 @@ def test_stopped_after_every_update(server, straight):
         attempts += 1
         stopped = server.resume("stopped", trigger)
     # The last update of a stage needs no checkpoint: the stage ends, and then the run stops.
-    assert attempts == 3 + 6 + 1
+    assert attempts == 4 + 6 + 1
     assert [path.name for path in sorted(run.glob("checkpoints/02-policy/*"))] == [
         "step-000004",
         "step-000005",
@@ -234,10 +234,11 @@ def test_worker_processes_and_adapters(server):
         assert_same(traces(server.folder / "runs" / name), expected)
 
 
-def test_checkpoints_load_without_posttrain(server, straight):
+def test_checkpoints_load_without_posttrain(server, straight, monkeypatch):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
+    monkeypatch.chdir(server.folder)  # an adapter names its base as the recipe did
     runs = server.folder / "runs"
     full = sorted((runs / "straight/checkpoints/02-policy").iterdir())[-1]
     model = AutoModelForCausalLM.from_pretrained(full)
@@ -250,10 +251,10 @@ def test_checkpoints_load_without_posttrain(server, straight):
 @pytest.mark.parametrize("damage", ["flipped", "cut"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(server, straight, damage):
     _, expected = straight
-    trigger = {"point": "publish", "call": 5, "delay": 0, "signal": signal.SIGKILL}
+    trigger = {"point": "backward", "call": 9, "delay": 0, "signal": signal.SIGKILL}
     assert server.train(damage, trigger=trigger).code == -signal.SIGKILL
     run = server.folder / "runs" / damage
-    newest = sorted((run / "checkpoints/02-policy").iterdir())[-1]
+    before, newest = sorted((run / "checkpoints/02-policy").iterdir())
     weights = newest / "model.safetensors"
     content = bytearray(weights.read_bytes())
     if damage == "cut":
@@ -267,6 +268,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(server, straig
     assert resumed.code == 0, resumed.output
     where = newest.relative_to(server.folder)
     assert f"checkpoint {where} is damaged and not used: {problem}\n" in resumed.output
+    assert f"resumed from {before.relative_to(server.folder)}\n" in resumed.output
     assert_same(traces(run), expected)
 
 
