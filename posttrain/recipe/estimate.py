@@ -100,9 +100,11 @@ def trainable_parameters(info: ModelInfo, lora: LoraConfig | None) -> int:
 def memory_of(stage: SftStage | PolicyStage | EvaluateStage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
     """Memory of the stage's phases in one process."""
     weights = (info.parameters or 0) * element_bytes(recipe, info)
-    sampler = {"weights": weights, "KV cache": _kv_cache(stage, recipe, info)}
-    if recipe.rollout.engine == "vllm":
-        sampler["engine weights"] = weights
+    sampler = {"weights": weights}
+    if replicas := _engines_here(recipe):
+        sampler["KV cache"] = replicas * _kv_cache(stage, recipe, info)
+        if recipe.rollout.engine != "transformers":
+            sampler["engine weights"] = replicas * weights
     if isinstance(stage, EvaluateStage):
         return [Memory("sample", sampler)]
     trained = {"weights": weights, **_training_state(recipe, info)}
@@ -148,6 +150,13 @@ def disk_of(recipe: Recipe, info: ModelInfo) -> int:
     return total
 
 
+def _engines_here(recipe: Recipe) -> int:
+    """Engines on this machine, whose memory counts with that of the process that starts them."""
+    if recipe.rollout.engine != "vllm_server":
+        return 1
+    return 0 if recipe.rollout.server.urls else recipe.rollout.server.replicas
+
+
 def element_bytes(recipe: Recipe, info: ModelInfo) -> int:
     """Bytes of one weight in training."""
     dtype = info.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
@@ -179,7 +188,7 @@ def _activations(tokens: int, info: ModelInfo, recipe: Recipe, checkpointing: bo
 
 def _kv_cache(stage: SftStage | PolicyStage | EvaluateStage, recipe: Recipe, info: ModelInfo) -> int:
     """Keys and values of the sequences decoded together, for prompts as long as their completions at most."""
-    if recipe.rollout.engine == "vllm":
+    if recipe.rollout.engine != "transformers":
         return int(recipe.rollout.kv_cache_gib * 2**30)
     sequences, cap = recipe.rollout.batch_size, recipe.rollout.max_tokens
     if isinstance(stage, PolicyStage):

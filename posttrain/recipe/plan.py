@@ -94,7 +94,12 @@ def format_plan(plan: Plan, *, all_values: bool = False) -> str:
     recipe = plan.loaded.recipe
     lines = [f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name, ""]
     lines += _table(
-        [("model", _model_line(recipe, plan.model)), *_data_lines(recipe), *_reward_lines(recipe)]
+        [
+            ("model", _model_line(recipe, plan.model)),
+            *_data_lines(recipe),
+            *_reward_lines(recipe),
+            *_replica_lines(recipe),
+        ]
     )
     lines += ["", "stages"]
     lines += _table(list(_stage_lines(recipe, plan.sizes)), indent=2)
@@ -160,6 +165,16 @@ def _reward_text(spec: RewardSpec) -> str:
         weight = f"{spec.weight:g}"
     clip = "" if spec.clip is None else f" clipped to [{spec.clip[0]:g}, {spec.clip[1]:g}]"
     return f"{spec.name} × {weight}{clip}" + ("" if spec.only_if is None else f" if {spec.only_if}")
+
+
+def _replica_lines(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    server = recipe.rollout.server
+    if recipe.rollout.engine != "vllm_server":
+        return
+    if server.urls:
+        yield "replicas", f"running already: {', '.join(server.urls)}"
+    else:
+        yield "replicas", f"{server.replicas} × vllm serve on this machine, on loopback"
 
 
 def _stage_lines(recipe: Recipe, sizes: list[StageSize]) -> Iterator[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ documentation.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -56,19 +57,29 @@ class ServerConfig(Section):
     """The replicas of engine `vllm_server`."""
 
     urls: list[str] = Field(default=[])
-    """Replicas that run already, e.g. `http://node1:8000`; empty starts `replicas` of them on this machine."""
+    """Replicas that run already, e.g. `http://node1:8000`; empty starts `replicas` of them here."""
     replicas: int = Field(default=1, ge=1)
     """`vllm serve` processes to start, each bound to loopback."""
     timeout: float = Field(default=600.0, gt=0.0)
     """Seconds for one request, after which the replica counts as hung."""
-    heartbeat: float = Field(default=5.0, gt=0.0)
-    """Seconds between two looks at a replica's health while requests are under way."""
-    weights: Literal["auto", "transfer", "files"] = "auto"
-    """How new weights get there: vLLM's weight transfer over NCCL, or files in `weights_dir`, which work on
-    a CPU too. `auto` is transfer where both sides have GPUs."""
+    heartbeat: float = Field(default=10.0, gt=0.0)
+    """Seconds without an answer about its health after which a replica counts as hung. It is looked at twice
+    as often."""
+    start_timeout: float = Field(default=600.0, gt=0.0)
+    """Seconds that a replica may take to start, or to load new weights."""
     weights_dir: str | None = None
     """Folder that trainer and replicas both see; None is a temporary one, right for replicas on this
     machine."""
+
+    @field_validator("urls")
+    @classmethod
+    def _addresses(cls, urls: list[str]) -> list[str]:
+        for url in urls:
+            if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+                raise ValueError(f"should be addresses like http://node1:8000, found {url!r}")
+        if len({url.rstrip("/") for url in urls}) < len(urls):
+            raise ValueError("lists an address twice")
+        return urls
 
 
 class RolloutConfig(Section):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -88,22 +89,10 @@ def build_engine(
     `own_weights` it does so, too, and a `sync` copies: for a policy that is split over processes, or trained
     while the engine generates.
     """
-    if rollout.engine == "vllm":
-        from posttrain.rollout.vllm import VllmEngine
-
-        engine = VllmEngine(
-            _location(model_config),
-            tokenizer,
-            revision=model_config.revision,
-            trust_remote_code=model_config.trust_remote_code,
-            dtype=model_config.dtype,
-            max_model_len=rollout.max_model_len,
-            batch_size=rollout.batch_size,
-            memory_fraction=rollout.memory_fraction,
-            kv_cache_gib=rollout.kv_cache_gib,
-            seed=seed,
-        )
-        if model_config.adapter is not None:  # vLLM has loaded the base alone
+    if rollout.engine != "transformers":
+        engine = _vllm_engine(rollout, model_config, tokenizer, seed)
+        # vLLM has loaded the base alone, and a replica that ran already anything.
+        if model_config.adapter is not None or (rollout.engine == "vllm_server" and rollout.server.urls):
             engine.sync(model if model is not None else load_model(model_config))
         return engine
     from posttrain.rollout.transformers import TransformersEngine
@@ -119,6 +108,39 @@ def build_engine(
         batch_size=rollout.batch_size,
         own_weights=own_weights,
     )
+
+
+def _vllm_engine(
+    rollout: RolloutConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> RolloutEngine:
+    options: dict[str, Any] = {
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": model.dtype,
+        "max_model_len": rollout.max_model_len,
+        "batch_size": rollout.batch_size,
+        "memory_fraction": rollout.memory_fraction,
+        "kv_cache_gib": rollout.kv_cache_gib,
+        "seed": seed,
+    }
+    if rollout.engine == "vllm":
+        from posttrain.rollout.vllm import VllmEngine
+
+        return VllmEngine(_location(model), tokenizer, **options)
+    from posttrain.rollout.vllm_server import VllmServerEngine
+
+    rank = _adapter_rank(model)
+    return VllmServerEngine(_location(model), tokenizer, server=rollout.server, lora_rank=rank, **options)
+
+
+def _adapter_rank(model: ModelConfig) -> int | None:
+    """Rank of the LoRA adapter that is trained or continued; None without one."""
+    if model.adapter is None:
+        return None if model.lora is None else model.lora.r
+    try:
+        return getattr(PeftConfig.from_pretrained(model.adapter), "r", None)
+    except (OSError, ValueError) as error:
+        raise DataError(f"model.adapter: {model.adapter!r} cannot be loaded: {_first_line(error)}") from error
 
 
 def _location(model: ModelConfig) -> str:

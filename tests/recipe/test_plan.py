@@ -145,6 +145,23 @@ def test_missing_vllm_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
         plan("rollout.engine=vllm")
 
 
+def test_replicas_are_planned_and_count_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
+    with pytest.raises(RecipeError, match=r"command line  rollout.engine: vllm is not installed"):
+        plan("rollout.engine=vllm_server")
+    running = plan("rollout.engine=vllm_server", "rollout.server.urls=[http://localhost:8000]")
+    assert "running already: http://localhost:8000" in format_plan(running)
+    assert "KV cache" not in running.memory[1][0].parts
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "vllm" else find(name))
+    three = plan("rollout.engine=vllm_server", "rollout.server.replicas=3", "rollout.kv_cache_gib=2")
+    assert "3 × vllm serve on this machine" in format_plan(three)
+    sample = three.memory[1][0].parts
+    assert sample["KV cache"] == 3 * 2 * 2**30
+    assert sample["engine weights"] == 3 * sample["weights"]
+
+
 def test_vllm_keeps_a_second_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "vllm" else find(name))
