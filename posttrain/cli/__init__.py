@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if str(stopped):
+            print(stopped, file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,9 @@
-"""The reward functions that a recipe can name: built in, or from installed packages.
+"""The reward functions that a recipe can name: list them, try one before a run, score saved rollouts again.
+
+  posttrain rewards list                          built in, or from installed packages
+  posttrain rewards list my.yaml                  those of a recipe, its own included
+  posttrain rewards test NAME [--from my.py]      gold and adversarial samples; exits with 1 if a check fails
+  posttrain rewards score NAME FILE.parquet       saved rollouts again, old values against new ones
 
 A recipe may also name a function of its own: `package.module:function` or `path/to/file.py:function`.
 """
@@ -6,20 +11,186 @@ A recipe may also name a function of its own: `package.module:function` or `path
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from posttrain.cli.arguments import one_of
+from posttrain.errors import RecipeError, RewardError
+
+if TYPE_CHECKING:
+    from posttrain.recipe.schema import Recipe, RewardSpec
+    from posttrain.rewards.registry import RewardInfo
+    from posttrain.rewards.rescore import Agreement
+    from posttrain.rollout.types import Example
+
+WORDS = {"list": (), "test": ("NAME",), "score": ("NAME", "FILE.parquet")}
+MARKS = {True: "ok", False: "FAIL", None: "-"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `posttrain rewards`."""
-    parser.add_argument("action", metavar="list", type=one_of(["list"]))
+    parser.add_argument("action", metavar="list|test|score", type=one_of(list(WORDS)))
+    parser.add_argument(
+        "words", metavar="NAME", nargs="*", help="the reward, and the file to score again; list: a recipe"
+    )
+    parser.add_argument("--recipe", help="a recipe, whose rewards and data are used")
+    parser.add_argument("--from", dest="from_", metavar="FILE", help="file or module that defines the reward")
+    parser.add_argument("--args", metavar="JSON", help="arguments of the reward: '{\"budget\": 400}'")
+    parser.add_argument("--data", metavar="FILE", help="test: jsonl of prompt, answer and maybe completion")
+    parser.add_argument(
+        "--accept", type=float, metavar="VALUE", help="test: from here on a value says that a sample is right"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=8, metavar="N", help="test: rows of the data to use (8)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="score: where to (beside the input)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """List the rewards with what they do."""
-    from posttrain.rewards.registry import known_rewards
+    """List, test or score.
 
-    rewards = known_rewards()
-    width = max(map(len, rewards))
-    for name, info in rewards.items():
-        print(f"{name:<{width}}  {info.doc or info.origin}")
+    Raises:
+        RewardError: a check of `test` failed.
+        PosttrainError: something the arguments name is not there.
+    """
+    if args.action == "list" and args.recipe is None and args.words:
+        args.recipe = args.words.pop(0)
+    wanted = WORDS[args.action]
+    if len(args.words) != len(wanted):
+        raise RecipeError(f"posttrain rewards: write posttrain rewards {' '.join([args.action, *wanted])}.")
+    {"list": _list, "test": _test, "score": _score}[args.action](args)
+
+
+def _list(args: argparse.Namespace) -> None:
+    from posttrain.rewards.registry import known_rewards, provenance
+
+    if args.recipe is None:
+        infos = list(known_rewards().values())
+    else:
+        from posttrain.rewards.scorer import Scorer
+
+        recipe = _recipe(args.recipe)
+        with Scorer(recipe.rewards, recipe.reward_options) as scorer:
+            infos = list(scorer.infos.values())
+    heads = ("name", "version", "kind", "range", "deterministic", "time-out", "from", "")
+    rows = [heads, *((*_cells(info), provenance(info), info.doc) for info in infos)]
+    _print_table(rows)
+
+
+def _cells(info: RewardInfo) -> tuple[str, ...]:
+    batched = "batch " if info.batched else ""
+    bounds = "any" if info.range is None else f"{info.range[0]:g} to {info.range[1]:g}"
+    certain = "yes" if info.deterministic else "no"
+    return info.name, info.version, batched + info.kind, bounds, certain, f"{info.timeout:g} s"
+
+
+def _test(args: argparse.Namespace) -> None:
+    from posttrain.rewards.registry import provenance
+    from posttrain.rewards.trial import gold_examples, try_reward
+
+    spec, recipe = _spec(args)
+    if args.data is not None:
+        examples = _read_gold(args.data)
+    elif recipe is not None and (source := recipe.data.train or recipe.data.eval) is not None:
+        from posttrain.data.sources import load_examples
+
+        examples = load_examples(source)
+    else:
+        examples = gold_examples(spec)
+    trial = try_reward(spec, examples[: args.samples], args.accept)
+    info = trial.info
+    print(f"{info.name}, version {info.version}, sha256 {info.sha256[:16]}, {provenance(info)}")
+    _print_table([(f"  {MARKS[check.passed]}", check.name, check.text) for check in trial.checks])
+    if trial.failed:
+        raise RewardError(f"reward {info.name!r} failed: {', '.join(trial.failed)}")
+
+
+def _read_gold(path: str) -> list[Example]:
+    from posttrain.data.sources import load_examples
+    from posttrain.recipe.schema import Columns, DataSource
+
+    file = Path(path)
+    keys: dict[str, Any] = {}
+    if file.is_file():
+        line = next((line for line in file.read_text().splitlines() if line.strip()), "{}")
+        with contextlib.suppress(ValueError):  # the reader says what is wrong with which line
+            keys = json.loads(line)
+    columns = Columns(
+        answer="answer" if "answer" in keys else None,
+        completion="completion" if "completion" in keys else None,
+    )
+    return load_examples(DataSource(jsonl=path, columns=columns, shuffle=False))
+
+
+def _score(args: argparse.Namespace) -> None:
+    from posttrain.rewards.rescore import rescore
+
+    path = Path(args.words[1])
+    if not path.is_file():
+        raise RecipeError(f"posttrain rewards score: there is no file {path}.")
+    own = path.absolute().parents[2] / "recipe.yaml" if len(path.absolute().parents) > 2 else None
+    if args.recipe is None and own is not None and own.is_file():
+        args.recipe = str(own)  # the run's
+    spec, recipe = _spec(args)
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", spec.name)
+    out = Path(args.out) if args.out else path.with_name(f"rescored-{name}-{path.name}")
+    _print_agreement(spec.name, rescore(path, out, spec, _examples(recipe)))
+    print(f"Written to {out}.")
+
+
+def _examples(recipe: Recipe | None) -> dict[str, Example]:
+    """The examples of the recipe's policy and evaluate stages by id."""
+    from posttrain.data.sources import load_examples
+    from posttrain.recipe.check import data_sources
+
+    sources = data_sources(recipe, ("policy", "evaluate")) if recipe else ()
+    return {example.id: example for _, source in sources for example in load_examples(source)}
+
+
+def _print_agreement(name: str, found: Agreement) -> None:
+    mean = "none" if found.new is None else f"{found.new:.4g}"
+    print(f"{name}: {found.rollouts} rollouts, {found.errors} of them unscored by an error now")
+    if found.old is None:
+        print(f"  no values to compare with; mean now {mean}")
+    else:
+        print(f"  {found.equal} equal, {found.different} different, by at most {found.largest:g}")
+        print(f"  mean {found.old:.4g} then, {mean} now")
+    print(f"  {found.gained} have a value now and had none then, {found.lost} the other way round")
+    if found.unknown:
+        print(
+            f"  {found.unknown} examples are not in the recipe's data: columns besides the answer are missing"
+        )
+
+
+def _spec(args: argparse.Namespace) -> tuple[RewardSpec, Recipe | None]:
+    """The reward that is meant, as the recipe has it or as the options say, and the recipe."""
+    from posttrain.recipe.schema import RewardSpec
+
+    recipe = None if args.recipe is None else _recipe(args.recipe)
+    name = args.words[0]
+    known = [spec for spec in (recipe.rewards if recipe else []) if spec.name == name]
+    if known and args.from_ is None and args.args is None:
+        return known[0].model_copy(update={"weight": 1.0, "clip": None, "only_if": None}), recipe
+    try:
+        arguments = json.loads(args.args or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise RecipeError(f"posttrain rewards: --args takes a JSON object, not {args.args!r}.")
+    return RewardSpec.model_validate({"name": name, "from": args.from_, "args": arguments}), recipe
+
+
+def _recipe(name: str) -> Recipe:
+    from posttrain.recipe.library import find_recipe
+    from posttrain.recipe.load import load_recipe
+
+    return load_recipe(find_recipe(name), []).recipe
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

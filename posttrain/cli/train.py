@@ -51,7 +51,7 @@ def launch_command(
     started = "LOCAL_RANK" in environment or "ACCELERATE_MIXED_PRECISION" in environment
     if launch is None or started or (launch.num_processes == 1 and launch.config_file is None):
         return None
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = [sys.executable, "-m", "posttrain.cli.launcher"]
     if launch.config_file is not None:
         command += ["--config_file", launch.config_file]
     else:

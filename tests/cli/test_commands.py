@@ -145,7 +145,7 @@ def test_train_launches_accelerate(runner: list[tuple[Any, ...]], monkeypatch: p
         main(sys.argv[1:])
     assert started == [
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
+            *(sys.executable, "-m", "posttrain.cli.launcher", "--multi_gpu", "--num_machines", "1"),
             *("--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", "2"),
             *("-m", "posttrain", "train", "r.yaml", "launch.num_processes=2"),
         ]
@@ -175,7 +175,7 @@ def test_launch_command(
     if options is None:
         assert command is None
     else:
-        head = [sys.executable, "-m", "accelerate.commands.launch"]
+        head = [sys.executable, "-m", "posttrain.cli.launcher"]
         assert command == [*head, *options, "-m", "posttrain", "train", "r.yaml"]
 
 

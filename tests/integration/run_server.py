@@ -47,7 +47,8 @@ def watch(name: str, owner: type, attribute: str, spans: dict[str, list[float]],
             if trigger["delay"]:
                 threading.Timer(trigger["delay"], os.kill, (os.getpid(), trigger["signal"])).start()
             else:
-                os.kill(os.getpid(), trigger["signal"])
+                for _ in range(trigger.get("times", 1)):
+                    os.kill(os.getpid(), trigger["signal"])
         started = time.monotonic()
         try:
             return original(*args, **kwargs)

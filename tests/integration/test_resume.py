@@ -9,15 +9,19 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import make_tiny_model
+
+from posttrain.recipe.run_state import RunLock
 
 KILLS = 20
 RECIPE = """
@@ -220,6 +224,51 @@ def test_stopped_after_every_update(server, straight):
     assert log.count("stopped by SIGTERM") == attempts - 1
 
 
+def test_a_second_signal_stops_at_once(server, straight):
+    trigger = {"point": "backward", "call": 5, "delay": 0, "signal": signal.SIGINT, "times": 2}
+    stopped = server.train("twice", trigger=trigger, rewards=WORKERS)
+    assert stopped.code == -signal.SIGINT  # a shell reports 130
+    assert stopped.output.rstrip().endswith("a second signal stops at once.")
+    assert_no_process_of(server)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_where_there_are_no_steps_a_signal_stops_at_once_in_good_order(server, straight, number, code):
+    """In the evaluation, the third call for rollouts after those of two trained batches."""
+    done, expected = straight
+    trigger = {"point": "generate", "call": len(done.spans["generate"]) - 1, "delay": 0, "signal": number}
+    name = f"evaluating-{code}"
+    stopped = server.train(name, trigger=trigger)
+    assert stopped.code == code
+    assert stopped.output.rstrip().endswith(f"To go on: posttrain resume runs/{name}")
+    resumed = server.resume(name)
+    assert resumed.code == 0, resumed.output
+    assert "01-sft was finished before\n── 02-policy was finished before\n" in resumed.output
+    assert_same(traces(server.folder / "runs" / name), expected)
+
+
+def assert_no_process_of(server: Server) -> None:
+    """No worker outlives its run for long; the command line of each has the folder in it."""
+    deadline = time.monotonic() + 10
+    while left := [
+        p for p in psutil.process_iter(["cmdline"]) if str(server.folder) in str(p.info["cmdline"])
+    ]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def test_a_run_in_use_is_refused(server, straight):
+    run = server.folder / "runs" / "used"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("name: used\n")
+    with RunLock(run) as lock:
+        lock.acquire()
+        (server.folder / "used.yaml").write_text((server.folder / "straight.yaml").read_text())
+        refused = server.run("train", "used.yaml", "name=used", "--overwrite")
+    assert refused.code == 2
+    assert refused.output == f"run folder runs/used is in use by process {os.getpid()}\n"
+
+
 def test_worker_processes_and_adapters(server):
     """Rewards in processes of their own; LoRA with a frozen copy of the adapter as the reference."""
     options = {"model": ", lora: {r: 4}", "rewards": WORKERS, "kl": 0.1, "steps": 2}
@@ -232,6 +281,7 @@ def test_worker_processes_and_adapters(server):
         resumed = server.resume(name)
         assert resumed.code == 0, resumed.output
         assert_same(traces(server.folder / "runs" / name), expected)
+    assert_no_process_of(server)
 
 
 def test_checkpoints_load_without_posttrain(server, straight, monkeypatch):
@@ -275,6 +325,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(server, straig
 def test_a_finished_run_is_left_alone(server, straight):
     resumed = server.resume("straight")
     assert (resumed.code, resumed.output) == (0, "The run in runs/straight is finished.\n")
+
+
+def test_only_the_launcher_of_two_processes_gets_the_signal(server):
+    """It passes it on; the processes agree on the step to stop after, and the exit code is theirs."""
+    recipe = (
+        RECIPE.partition("  - sft")[0] + "  - policy: {{steps: 500, prompts_per_step: 2, group_size: 2}}\n"
+    )
+    options = {"name": "two", "model": "", "rewards": IN_PROCESS}
+    (server.folder / "two.yaml").write_text(recipe.format(**options) + "launch: {num_processes: 2}\n")
+    command = [sys.executable, "-m", "posttrain", "train", "two.yaml"]
+    with subprocess.Popen(
+        command, cwd=server.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        seen = []
+        for line in launcher.stdout:
+            seen.append(line)
+            if "step 2/500" in line:
+                launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(60) == 143, seen
+    assert seen[-1] == "Stopped by SIGTERM. To go on: posttrain resume runs/two\n", seen
+    run = server.folder / "runs" / "two"
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [path.name for path in (run / "checkpoints/01-policy").iterdir()] == [f"step-{steps[-1]:06d}"]
 
 
 def test_what_cannot_be_resumed(server, straight):
