@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from helpers import VOCAB_SIZE, make_tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from posttrain.errors import RolloutError
@@ -76,6 +76,17 @@ def perturbed(path: Path, only: str = "") -> PreTrainedModel:
             if only in name:
                 weight += 0.05 * torch.randn(weight.shape, generator=generator)
     return policy
+
+
+def adapted_policy(base: PreTrainedModel, r: int = 4) -> PeftModel:
+    """`base` with a LoRA adapter that changes what it does."""
+    adapted = get_peft_model(base, LoraConfig(r=r, lora_alpha=8, target_modules="all-linear")).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    return adapted
 
 
 def tokens_of(answers: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
@@ -362,14 +373,7 @@ class EngineContract:
         assert_sampled_from(changed, MIXED, engine.generate(MIXED))
 
     def test_lora_policy(self, engine: RolloutEngine, model_path: Path) -> None:
-        adapted = get_peft_model(
-            load(model_path), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-        ).eval()
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for name, weight in adapted.named_parameters():
-                if "lora_B" in name:
-                    weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+        adapted = adapted_policy(load(model_path))
         before = fingerprint(adapted)
         engine.sync(adapted)
         answers = engine.generate(MIXED)

