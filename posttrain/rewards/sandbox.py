@@ -8,17 +8,16 @@
   which is gone afterwards. No /proc, no other programs.
 - Processes: namespaces of its own for processes, users, mounts, network (nothing but a loopback that is
   down), IPC and host name. It cannot see, signal or trace anything outside; what it leaves running is killed.
-- Privileges: an ordinary user without capabilities and without a way to gain any.
+- Privileges: an ordinary user without capabilities and without a way to gain any; no tracing, keyrings, BPF,
+  io_uring, sockets to the host of a virtual machine, and a few more of the kernel's calls.
 - Inheritance: an empty environment, no descriptors, no terminal, no keyring.
 - Limits: wall-clock and CPU time, address space and number of processes (together they bound memory), size
   and number of files, output.
 
-What it does not cover: defects of the kernel (there is no system-call filter), side channels such as timing
-and load, and the machine's CPU and memory up to the limits; shared memory and anonymous files are limited one
-by one, not in sum (of all that runs, the programs are what a system short of memory ends first). A program
-can end its own supervision in some ways (an ordinary user's processes may change each other's limits), which
-is an error, never a score. Root without another id to give away, as in a namespace that has only one, cannot
-limit the number of processes.
+What it does not cover: defects of the kernel in the calls that remain, side channels such as timing and load,
+and the machine's CPU and memory up to the limits; shared memory and anonymous files are limited one by one,
+not in sum (of all that runs, the programs are what a system short of memory ends first). Root without another
+id to give away, as in a namespace that has only one, cannot limit the number of processes.
 
 With `isolation="none"` there remain the limits (that on processes does not bind root), the empty environment,
 the private directory, the closed descriptors and the time-out, after which the program and its descendants
