@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Comparison, Sample, Settings, alternate, require
-from benchmarks.quickstart import policy_stage, write_recipe
+from benchmarks.quickstart import policy_stage, run_python, write_recipe
 
 from posttrain.recipe.load import load_recipe
 
@@ -25,13 +23,13 @@ WEIGHTS = "model.safetensors"
 def compare(settings: Settings) -> list[Comparison]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe = write_recipe(folder, steps=1, seed=settings.seed)
+        recipe = write_recipe(folder, "policy", settings.seed, steps=1)
         script = ROOT / "scripts" / "benchmarks" / "quickstart.py"
 
         def ours() -> Sample[int]:
             seconds = run("-m", "posttrain", "train", str(recipe), "--overwrite")
-            (weights,) = (folder / "bench" / "models").glob(f"*/{WEIGHTS}")
-            metrics = (folder / "bench" / "metrics.jsonl").read_text().splitlines()
+            (weights,) = (folder / "policy" / "models").glob(f"*/{WEIGHTS}")
+            metrics = (folder / "policy" / "metrics.jsonl").read_text().splitlines()
             require(len(metrics) == 1, f"ours took {len(metrics)} steps")
             return Sample(seconds, weights.stat().st_size)
 
@@ -67,9 +65,7 @@ def compare(settings: Settings) -> list[Comparison]:
 def run(*arguments: str) -> float:
     """Run a Python process; its CPU seconds, with those of all processes it waited for."""
     before = _children()
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
+    run_python(*arguments)
     return _children() - before
 
 

@@ -16,9 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from posttrain.recipe.run import versions
-from posttrain.training.record import write_json
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "results" / "bench"
 BENCHES = {
@@ -227,6 +224,9 @@ def write(
     name: str, title: str, comparisons: Sequence[Comparison], settings: Settings, start: dict[str, Any]
 ) -> Path:
     """Write results/bench/NAME.json (NAME-cuda.json on a GPU)."""
+    from posttrain.recipe.summary import versions
+    from posttrain.training.record import write_json
+
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}{'' if settings.device == 'cpu' else '-' + settings.device}.json"
     result = {

@@ -5,6 +5,7 @@ As a script, `python quickstart.py RECIPE FOLDER`, this is the TRL side of the f
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,43 @@ MODEL = ROOT / "data" / "tiny-reasoner"
 
 
 def write_recipe(
-    folder: Path, steps: int, seed: int, model: dict[str, Any] | None = None, max_tokens: int | None = None
+    folder: Path,
+    kind: str,
+    seed: int,
+    *,
+    steps: int | None = None,
+    model: Path = MODEL,
+    dtype: str = "auto",
+    max_tokens: int | None = None,
 ) -> Path:
-    """recipes/tiny/quickstart.yaml with its policy stage alone, from the tiny reasoner or from `model`."""
+    """recipes/tiny/quickstart.yaml with one stage alone, its `sft` or its `policy`, from `model`.
+
+    The run's folder is `folder/KIND`. `steps` and `max_tokens` replace the recipe's.
+    """
     recipe = recipe_to_dict(load_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml").recipe)
-    (stage,) = [stage["policy"] for stage in recipe["stages"] if "policy" in stage]
-    recipe["stages"] = [{"policy": stage | {"steps": steps}}]
-    recipe |= {"name": "bench", "seed": seed, "output_dir": str(folder)}
-    recipe["model"] |= {"path": str(MODEL)} | (model or {})
+    (stage,) = [stage[kind] for stage in recipe["stages"] if kind in stage]
+    recipe["stages"] = [{kind: stage | ({} if steps is None else {"steps": steps})}]
+    recipe |= {"name": kind, "seed": seed, "output_dir": str(folder)}
+    recipe["model"] |= {"path": str(model), "dtype": dtype}
     if max_tokens is not None:
         recipe["rollout"]["max_tokens"] = max_tokens
-    path = folder / "bench.yaml"
+    path = folder / f"{kind}.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
+
+
+def run_python(*arguments: str) -> None:
+    """Run a Python process in the root of the repository and wait for it."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{(done.stdout + done.stderr)[-4000:]}")
+
+
+def warm_start(folder: Path, seed: int) -> Path:
+    """The model that the quickstart's warm start hands on to its policy stage."""
+    run_python("-m", "posttrain", "train", str(write_recipe(folder, "sft", seed)))
+    (model,) = (folder / "sft" / "models").glob("*/config.json")
+    return model.parent
 
 
 def policy_stage(recipe: Recipe) -> PolicyStage:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Comparison, Sample, Settings, alternate, require
-from benchmarks.quickstart import MODEL, policy_stage, trl_trainer, write_recipe
+from benchmarks.quickstart import MODEL, policy_stage, trl_trainer, warm_start, write_recipe
 
 from posttrain.recipe.load import load_recipe
 
@@ -43,10 +43,13 @@ def compare(settings: Settings) -> list[Comparison]:
     pairs = settings.pairs(PAIRS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"steps": pairs + WARM_UP}
         if settings.device == "cuda":
-            options = {"model": _half_billion(folder / "model", settings.seed), "max_tokens": GPU_TOKENS}
-        recipe = write_recipe(folder, pairs + WARM_UP, settings.seed, **options)
+            model = _half_billion(folder / "model", settings.seed)
+            options |= {"model": model, "dtype": "bfloat16", "max_tokens": GPU_TOKENS}
+        else:
+            options |= {"model": warm_start(folder, settings.seed)}
+        recipe = write_recipe(folder, "policy", settings.seed, **options)
         sides = [Trainer(function, recipe, folder / function.__name__) for function in (ours, theirs)]
         try:
             steps = _take_turns(sides, pairs)
@@ -64,7 +67,7 @@ def compare(settings: Settings) -> list[Comparison]:
         "theirs_is": "GRPOTrainer with transformers generation",
         "limit": LIMIT,
         "shapes": {
-            "model": "Qwen2.5-0.5B, random" if options else MODEL.name,
+            "model": "Qwen2.5-0.5B, random" if settings.device == "cuda" else "warm-started tiny-reasoner",
             "prompts": stage.prompts_per_step,
             "group": stage.group_size,
             "max_tokens": loaded.rollout.max_tokens,
@@ -107,22 +110,20 @@ class Trainer:
         self._process = context.Process(target=_serve, args=(function, theirs, recipe, folder))
         self._process.start()
         theirs.close()  # or a process that died would leave `step` waiting
-        self.step_ready()
-
-    def step_ready(self) -> None:
-        """Wait until the trainer has been built and stands before its first step."""
-        require(self._connection.recv() == "ready", "the trainer did not start")
 
     def step(self) -> Step:
-        """Let it take a step."""
-        self._connection.send("step")
-        return self._connection.recv()
+        """Let it take a step; the first includes all that comes before."""
+        try:
+            self._connection.send("step")
+            return self._connection.recv()
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError("a trainer's process ended early; it printed why") from None
 
     def close(self) -> None:
-        """End the process."""
+        """End the process: it stops where it waits for its turn."""
         self._connection.close()
-        self._process.terminate()
-        self._process.join()
+        self._process.join(60)
+        self._process.kill()
 
 
 class Turns:
@@ -130,10 +131,6 @@ class Turns:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-
-    def start(self) -> None:
-        """Call before the first step."""
-        self._connection.send("ready")
         self._wait()
 
     def finished(self, completions: int, mean_length: float) -> None:
@@ -172,6 +169,7 @@ def ours(turns: Turns, path: Path, folder: Path) -> None:
     from posttrain.stages import policy
     from posttrain.stages.context import StageContext
     from posttrain.training.record import MetricsFile
+    from posttrain.training.stop import StopSignals
 
     recipe = load_recipe(path).recipe
     stage = policy_stage(recipe)
@@ -188,8 +186,9 @@ def ours(turns: Turns, path: Path, folder: Path) -> None:
         model=recipe.model,
         metrics=MetricsFile(folder / "metrics.jsonl"),
         show=show,
+        say=lambda line: None,
+        stop=StopSignals(),
     )
-    turns.start()
     policy.run(stage, context)
 
 
@@ -204,15 +203,14 @@ def theirs(turns: Turns, path: Path, folder: Path) -> None:
             if "completions/mean_length" in logs:
                 turns.finished(stage.prompts_per_step * stage.group_size, logs["completions/mean_length"])
 
-    turns.start()
     trl_trainer(path, folder, [AfterStep()]).train()
 
 
-def _half_billion(folder: Path, seed: int) -> dict[str, Any]:
+def _half_billion(folder: Path, seed: int) -> Path:
     """A random model of the shape of Qwen2.5-0.5B with the tiny reasoner's tokenizer."""
     from benchmarks.models import QWEN_HALF_BILLION
     from transformers import AutoTokenizer
 
     QWEN_HALF_BILLION.build(seed).save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
-    return {"path": str(folder), "dtype": "bfloat16"}
+    return folder
