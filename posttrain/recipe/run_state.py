@@ -78,17 +78,19 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            RecipeError: another process works in the folder; the message has its PID.
+            RecipeError: another process works in the folder, whose PID is given, or it cannot be locked.
         """
-        file = (self.run_dir / LOCK).open("a+")
         try:
+            file = (self.run_dir / LOCK).open("a+")
             # A POSIX lock: unlike flock's it is not inherited by forked children that may outlive us.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             owner = file.read().strip()
             file.close()
             raise RecipeError(f"run folder {self.run_dir} is in use by process {owner}") from None
+        except OSError as error:
+            raise RecipeError(f"run folder {self.run_dir} cannot be locked: {error.strerror}") from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -116,7 +118,10 @@ def make_folder(run_dir: Path, lock: RunLock, *, overwrite: bool) -> None:
         )
     if content and not (run_dir / "recipe.yaml").is_file():
         raise RecipeError(f"{run_dir} is not the folder of a run; it is not overwritten")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"run folder {run_dir} cannot be made: {error.strerror}") from None
     lock.acquire()
     for path in content:
         if path.is_dir() and not path.is_symlink():

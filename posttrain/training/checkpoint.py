@@ -2,7 +2,8 @@
 
 The Trainer writes what it knows (weights, optimiser, scheduler, random states, its counters) in the form of
 the backend in use. To this is added what only the stage knows; then the folder gets a manifest of hashes, is
-forced to disk and renamed to `step-000012`. A folder of that name is complete.
+forced to disk and renamed to `step-000012`. A folder of that name is complete. Values in the reward cache are
+on disk at once and need no checkpoint.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from posttrain.training.manifest import (
     MANIFEST,
     STAGING,
     checkpoint_name,
+    checkpoint_step,
     find_checkpoint,
     publish,
     remove_older,
@@ -89,7 +91,7 @@ class Checkpointer(TrainerCallback):
     @property
     def step(self) -> int:
         """The optimiser step that training goes on from; 0 at the beginning."""
-        return int(self.start.name.removeprefix("step-")) if self.start else 0
+        return checkpoint_step(self.start) if self.start else 0
 
     def train(self, trainer: Trainer, part: Savable | None = None) -> None:
         """Run the trainer to its end. `part` is what it has beside the Trainer's own state.

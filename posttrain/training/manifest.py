@@ -17,8 +17,13 @@ STAGING = ".writing"
 
 
 def checkpoint_name(step: int) -> str:
-    """`step-000012`: names sort like steps."""
+    """`step-000012`."""
     return f"step-{step:06d}"
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimiser step that a checkpoint was written after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def write_manifest(folder: Path, **about: Any) -> None:
@@ -65,7 +70,7 @@ def find_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | None:
     deleted.
     """
     shutil.rmtree(folder / STAGING, ignore_errors=True)
-    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
+    for _, checkpoint in reversed(_checkpoints(folder)):
         try:
             read_manifest(checkpoint)
         except ValueError as problem:
@@ -93,12 +98,16 @@ def publish(staged: Path, target: Path) -> None:
 
 def remove_older(folder: Path, step: int, keep: int) -> None:
     """Keep the newest `keep` checkpoints up to that of `step`; later ones are an abandoned attempt's."""
-    complete = sorted(path for path in folder.glob("step-*") if path.name <= checkpoint_name(step))
-    for path in complete[:-keep]:
+    ours = [path for number, path in _checkpoints(folder) if number <= step]
+    for path in ours[:-keep]:
         doomed = folder / STAGING / path.name  # so that a kill leaves no half of a checkpoint under its name
         doomed.parent.mkdir(exist_ok=True)
         path.rename(doomed)
     shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    return sorted((checkpoint_step(path), path) for path in folder.glob("step-*"))
 
 
 def _digest(path: Path) -> str:

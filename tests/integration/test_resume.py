@@ -147,15 +147,21 @@ def straight(server) -> tuple[Ended, dict[str, Any]]:
 
 
 def traces(run: Path) -> dict[str, Any]:
-    """All that a run computed: hashes of the models, metrics, rollouts. Only times are left out."""
+    """All that a run computed: hashes of the models, metrics, rollouts.
+
+    Times are left out, and how many rewards came from the cache: it has those of lost work, too.
+    """
     kept: dict[str, Any] = {
         str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(run.glob("models/*/*.safetensors"))
     }
     for line in (run / "metrics.jsonl").read_text().splitlines():
         metrics = json.loads(line)
-        times = [key for key in metrics if key == "time" or key.startswith("seconds/")]
-        kept[f"{metrics['stage']} {metrics['step']}"] = {k: metrics[k] for k in metrics if k not in times}
+        kept[f"{metrics['stage']} {metrics['step']}"] = {
+            key: value
+            for key, value in metrics.items()
+            if key not in ("time", "rewards/cache_hits") and not key.startswith("seconds/")
+        }
     for path in sorted(run.glob("rollouts/*/*.parquet")):
         kept[str(path.relative_to(run))] = pq.read_table(path).to_pylist()
     summary = json.loads((run / "summary.json").read_text())

@@ -64,6 +64,18 @@ def test_make_folder(tmp_path):
         make_folder(run, lock, overwrite=False)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = tmp_path / "file" / "x"
+    with RunLock(run) as lock, pytest.raises(RecipeError, match="x cannot be made: Not a directory"):
+        make_folder(run, lock, overwrite=False)
+    with (
+        RunLock(tmp_path / "none") as lock,
+        pytest.raises(RecipeError, match="none cannot be locked: No such"),
+    ):
+        lock.acquire()
+
+
 def test_only_runs_are_overwritten(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with RunLock(tmp_path) as lock, pytest.raises(RecipeError, match="is not the folder of a run"):
