@@ -194,7 +194,7 @@ def build_root(request: dict[str, Any]) -> None:
     for path in request["hidden"]:
         if os.path.isdir(path):
             mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=755")
-    os.makedirs("/tmp")
+    os.makedirs("/tmp", exist_ok=True)
     os.symlink("/tmp/stdin", "/dev/stdin")
     os.symlink("/tmp", "/dev/shm")
     check("umount2", LIBC.umount2(b"/old", MNT_DETACH))
