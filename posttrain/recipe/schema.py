@@ -127,12 +127,14 @@ class RewardSpec(Section):
     timeout: float | None = Field(default=None, gt=0.0)
     """Seconds for one sample; None is the reward's own."""
 
-    @field_validator("weight")
+    @field_validator("weight", mode="before")
     @classmethod
     def _schedule(cls, weight: Any) -> Any:
-        if isinstance(weight, dict) and (not weight or min(weight) < 0):
-            raise ValueError("a schedule maps steps from 0 on to weights")
-        return weight
+        if not isinstance(weight, dict):
+            return weight
+        if not weight or not all(str(step).isdecimal() for step in weight):
+            raise ValueError("a schedule maps steps from 0 on to weights, such as {0: 1.0, 200: 0.1}")
+        return {int(step): value for step, value in weight.items()}  # in a recipe all keys are text
 
     @field_validator("clip", mode="before")
     @classmethod

@@ -220,7 +220,7 @@ def locate(spec: RewardSpec) -> RewardSource:
 
 def provenance(info: RewardInfo) -> str:
     """Where a reward comes from: `built in`, `my_rewards.py:12`, `entry point some_package:function`."""
-    if info.origin.startswith(f"{BUILTIN_MODULE}:"):
+    if info.origin.startswith("posttrain.rewards."):
         return "built in"
     point = _entry_points().get(info.name)
     if point is not None:

@@ -213,3 +213,17 @@ def test_any_recipe_round_trips(
         ],
     )
     assert load(dump_recipe(recipe)).recipe == recipe
+
+
+def test_a_weight_may_be_a_schedule(tmp_path: Path) -> None:
+    text = (
+        "rewards: [{name: exact_match, weight: {0: 1.0, 200: 0.1}, clip: [0, 1], only_if: exact_match > 0}]"
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: r\nmodel: {{path: org/model}}\n{text}\nstages: [{{evaluate: {{}}}}]\n")
+    recipe = load_recipe(path, ["rewards.exact_match.weight={5: 2}"]).recipe
+    assert recipe.rewards[0].weight == {5: 2.0}
+    recipe = load_recipe(path).recipe
+    assert recipe.rewards[0].weight == {0: 1.0, 200: 0.1}
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path).recipe == recipe

@@ -77,7 +77,7 @@ def test_a_name_belongs_to_one_code():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "math_answr"}, r"'math_answr' \(did you mean 'math_answer'\?\); registered: code, exact_match"),
+        ({"name": "math_answr"}, r"'math_answr' \(did you mean 'math_answer'\?\); registered: code, "),
         ({"name": "zzz"}, r"no reward named 'zzz'; registered: "),
         ({"name": "nowhere:f"}, "there is no module 'nowhere'"),
         ({"name": ":f"}, "there is no module ''"),

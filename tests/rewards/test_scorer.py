@@ -297,3 +297,57 @@ def f(completion, example): return 1.0
     with make_scorer(f"{tmp_path}/dies.py:f", workers=1) as scorer:
         scorer.score(rollouts)
     assert rollouts[0].reward == 1.0
+
+
+# --- concurrency, code that changes
+
+OVERLAPPING = """
+import asyncio, os, time
+from pathlib import Path
+from posttrain import reward
+
+def now():
+    return len(list(Path(FOLDER).iterdir()))
+
+class Inside:
+    def __enter__(self):
+        self.path = Path(FOLDER) / f"{os.getpid()}-{id(self)}"
+        self.path.touch()
+    def __exit__(self, *error):
+        self.path.unlink()
+
+@reward("apart", concurrency=1, deterministic=False)
+def apart(completion, example):
+    with Inside():
+        time.sleep(0.01)
+        return now()
+
+@reward("five", concurrency=5, deterministic=False)
+async def five(completion, example):
+    with Inside():
+        await asyncio.sleep(0.05)
+        return now()
+"""
+
+
+@pytest.mark.parametrize(("name", "limit"), [("apart", 1), ("five", 5)])
+def test_concurrency_is_kept(tmp_path, name, limit):
+    (tmp_path / "inside").mkdir()
+    code = tmp_path / "overlapping.py"
+    code.write_text(OVERLAPPING.replace("FOLDER", repr(str(tmp_path / "inside"))))
+    rollouts = make_rollouts(["x"] * 20)
+    with make_scorer({"name": name, "from": str(code)}, faulty("act", weight=0.0), workers=3) as scorer:
+        report = scorer.score(rollouts)
+    seen = [rollout.rewards[name] for rollout in rollouts]
+    assert report.rewards[name].errors == {}
+    assert max(seen) <= limit
+    assert limit == 1 or max(seen) > 1
+
+
+def test_code_that_is_edited_during_a_run(tmp_path):
+    code = tmp_path / "edited.py"
+    code.write_text("import os\ndef f(completion, example):\n    os._exit(1)\n")
+    with make_scorer(f"{code}:f", workers=1) as scorer:
+        code.write_text("def f(completion, example):\n    return 1.0\n")
+        with pytest.raises(RewardError, match=r"code of reward '.*' \(.*:1\) was changed during the run"):
+            scorer.score(make_rollouts(["a", "b"]))

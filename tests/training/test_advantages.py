@@ -5,6 +5,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from posttrain.training.advantages import (
     BatchStats,
     batch_moments,
     compute_advantages,
+    decoupled_rewards,
     default_scale,
     group_advantages,
     leave_one_out,
@@ -148,3 +150,63 @@ def test_batch_stats():
     assert math.isclose(stats.mean, REWARDS.mean())
     assert math.isclose(stats.std, REWARDS.std(ddof=1))
     assert BatchStats.from_moments(np.zeros(3)) == BatchStats(0.0, 0.0)
+
+
+# --- normalise, then sum (GDPO)
+
+
+def test_rewards_normalised_by_themselves():
+    # a: (1, 0) and (10, 30), both ± 0.707107 after division; the second counts half.
+    # b: the first reward is 2 for both and says nothing, the second applies to one alone, too.
+    values = np.array([[1.0, 10.0], [0.0, 30.0], [2.0, 5.0], [2.0, np.nan]])
+    total = decoupled_rewards(values, np.array([1.0, 0.5]), ["a", "a", "b", "b"])
+    first, second = 0.5 / (0.707107 + 1e-4), 10.0 / (14.142136 + 1e-4)
+    np.testing.assert_allclose(total, [first - 0.5 * second, -first + 0.5 * second, 0.0, 0.0], rtol=1e-5)
+
+
+def test_statistics_leave_out_what_does_not_apply():
+    # (1, -, 3): mean 2, std sqrt(2); the one in the middle has the other reward alone: (0, 3, 3), std sqrt(3)
+    values = np.array([[1.0, 0.0], [np.nan, 3.0], [3.0, 3.0]])
+    total = decoupled_rewards(values, np.array([1.0, 1.0]), ["a"] * 3)
+    expected = [-1 / 1.414214 - 2 / 1.732051, 1 / 1.732051, 1 / 1.414214 + 1 / 1.732051]
+    np.testing.assert_allclose(total, expected, rtol=2e-4)
+
+
+def trl_normalize_then_sum(rewards_per_func, weights, num_generations):
+    """`GRPOTrainer._generate_and_score_completions` of trl 1.16, branch `normalize_then_sum`."""
+
+    def nanstd(values, **options):  # `trl.trainer.utils.nanstd`
+        squares = (values - torch.nanmean(values, **{**options, "keepdim": True})) ** 2
+        count = torch.sum(~torch.isnan(values), **options)
+        return torch.sqrt(torch.nanmean(squares, **options) * count / (count - 1))
+
+    grouped = rewards_per_func.view(-1, num_generations, rewards_per_func.shape[1])
+    mean_k = torch.nanmean(grouped, dim=1, keepdim=True)
+    std_k = nanstd(grouped, dim=1, keepdim=True)
+    reward_k = ((grouped - mean_k) / (std_k + 1e-4)).view(-1, rewards_per_func.shape[1])
+    rewards = (reward_k * weights.unsqueeze(0)).nansum(dim=1)
+    return (rewards - torch.nanmean(rewards)) / (nanstd(rewards) + 1e-4)
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.2])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_normalise_then_sum_equals_trl(missing, ranks):
+    generator = np.random.default_rng(7)
+    values = generator.choice([0.0, 0.5, 1.0], (24, 3)) * [1.0, 100.0, 0.01]
+    values[generator.random(values.shape) < missing] = np.nan
+    weights = np.array([1.0, 0.5, -2.0])
+    groups = np.repeat(np.arange(6), 4)
+    expected = trl_normalize_then_sum(torch.tensor(values), torch.tensor(weights), 4).numpy()
+
+    parts = [slice(rank * 24 // ranks, (rank + 1) * 24 // ranks) for rank in range(ranks)]
+    totals = [decoupled_rewards(values[part], weights, groups[part]) for part in parts]
+    moments = sum(
+        batch_moments("reinforce_pp", total, groups[part]) for total, part in zip(totals, parts, strict=True)
+    )
+    stats = BatchStats.from_moments(moments)
+    found = [
+        compute_advantages("reinforce_pp", "batch", total, groups[part], stats)
+        for total, part in zip(totals, parts, strict=True)
+    ]
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-9)
+    assert np.abs(expected).max() > 1
