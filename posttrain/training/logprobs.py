@@ -115,8 +115,11 @@ class ChunkedHead(torch.nn.Linear):
             softcap=scoring.softcap,
             scale=scoring.scale,
         )
-        # One tensor, because models go on computing with what their head returns.
-        return torch.stack([logprobs, entropy if scoring.train_entropy else entropy.detach()], -1)[None]
+        if not scoring.train_entropy:
+            entropy = entropy.detach()
+        # One tensor, because models go on computing with what their head returns; not a view, which FSDP
+        # warns of.
+        return torch.stack([logprobs[None], entropy[None]], -1)
 
 
 def chunked_logprobs(

@@ -33,6 +33,8 @@ from posttrain.training.batch import MicroBatch, TrainRow, flat_batch
 
 ATTENTION = "posttrain_tree"
 
+_SDPA = AttentionInterface()["sdpa"]
+
 PIECE = 512
 """Most queries of a block with a mask, which bounds the mask; longer branches are cut."""
 
@@ -301,8 +303,9 @@ def tree_attention(
     """
     if tree is None:
         if softcap is None:
-            sdpa = AttentionInterface()["sdpa"]
-            return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+            return _SDPA(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
         mask = _additive_mask(attention_mask, query, key)
         output = _capped(query, key, value, mask, dropout, scaling, softcap)
         return output.transpose(1, 2).contiguous(), None
