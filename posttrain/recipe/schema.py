@@ -67,6 +67,10 @@ class ServerConfig(Section):
     as often."""
     start_timeout: float = Field(default=600.0, gt=0.0)
     """Seconds that a replica may take to start, or to load new weights."""
+    weights: Literal["auto", "transfer", "files"] = "auto"
+    """How new weights get there: vLLM's weight transfer over NCCL, or files in `weights_dir`, which work on
+    a CPU too and allow a replica that is lost to be started again. `auto` is transfer where the trainer and
+    every replica have a GPU of their own. Adapters are always files."""
     weights_dir: str | None = None
     """Folder that trainer and replicas both see; None is a temporary one, right for replicas on this
     machine."""

@@ -37,6 +37,8 @@ class Package:
 
     base: Files | None = None
     adapter: Files | None = None
+    transferred: bool = False
+    """The base weights come over NCCL instead."""
 
 
 class AdaptersRefused(Exception):
@@ -53,6 +55,7 @@ class Delivery:
         folder: for the files; trainer and replicas see it under the same path.
         base_served: whether the replicas have the weights of the model that adapters are trained on.
         max_rank: of the adapters that replicas take; None: none.
+        transfers: send whole weights over NCCL, not as files. A replica that is lost then stays lost.
         seconds: that a replica may take to load.
         model_name: under which the replicas serve the base.
     """
@@ -64,11 +67,14 @@ class Delivery:
         *,
         base_served: bool,
         max_rank: int | None,
+        transfers: bool,
         seconds: float,
         model_name: str,
     ) -> None:
         self._pool, self._folder, self._seconds = pool, folder, seconds
         self._base_served, self._max_rank = base_served, max_rank
+        self._transfers = transfers
+        self._transfer: Any = None
         self._base_name = self.model_name = model_name
         self._package = Package()
         self._count = 0
@@ -87,6 +93,8 @@ class Delivery:
             self._base_served = False
             if self._count == 1 and hasattr(model, "peft_config"):
                 logger.warning("adapters are merged before they are sent: %s", reason)
+            if self._transfers:
+                return self._prepare_transfer(model, keep)
             return Package(base=self._write_base(named_weights(model), keep))
         base = self._package.base
         if not self._base_served:
@@ -100,6 +108,18 @@ class Delivery:
             return Package(base, Files(folder, write_adapter(folder, model, weights)))
         except OSError as error:
             raise RolloutError(f"adapters cannot be written to {self._folder}: {error}") from error
+
+    def _prepare_transfer(self, model: Any, keep: bool) -> Package:
+        from posttrain.rollout.transfer import PolicySource, WeightTransfer
+
+        if self._transfer is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+            self._transfer = WeightTransfer(self._pool, PolicySource(model, device), self._seconds)
+        self._transfer.source.model = model
+        if not keep:
+            for _ in named_weights(model):  # while the leading process sends
+                pass
+        return Package(transferred=True)
 
     def _write_base(self, weights: Iterator[tuple[str, torch.Tensor]], keep: bool) -> Files | None:
         folder = self._folder / f"weights-{self._id}-{self._count}"
@@ -124,6 +144,9 @@ class Delivery:
         """
         old, new_base = self._package, package.base if package.base != self._package.base else None
         self._package = package
+        self._pool.restartable = not package.transferred
+        if package.transferred:
+            await self._transfer.send()
         self._pool.load = lambda replica: self._load(replica, package)
         await self._pool.each(lambda replica: self._load(replica, Package(new_base, package.adapter)))
         self.model_name = self._base_name if package.adapter is None else package.adapter.folder.name

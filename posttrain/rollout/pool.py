@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from posttrain.errors import RolloutError
-from posttrain.rollout.replica import Replica, ReplicaLost, stop_all
+from posttrain.rollout.replica import Replica, ReplicaLost, RequestRefused, stop_all
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +165,15 @@ class ReplicaPool:
             if replica.repair is not None:
                 await replica.repair  # which ends with `load`
 
-    async def complete(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    async def complete(
+        self,
+        path: str,
+        bodies: Sequence[dict[str, Any]],
+        instead: Callable[[RequestRefused], dict[str, Any] | None] = lambda refused: None,
+    ) -> list[dict[str, Any]]:
         """Post every body to some replica. Returns the answers in order.
+
+        `instead` may give an answer in place of a refusal; otherwise the first refusal ends the call.
 
         Raises:
             RolloutError: a request is refused, a replica cannot be kept alive, or none is left.
@@ -178,7 +185,12 @@ class ReplicaPool:
 
         async def work() -> None:
             for index in waiting:
-                answers[index] = await self._ask(path, bodies[index])
+                try:
+                    answers[index] = await self._ask(path, bodies[index])
+                except RequestRefused as refused:
+                    if (answer := instead(refused)) is None:
+                        raise
+                    answers[index] = answer
 
         await _all(work() for _ in range(min(len(bodies), self.limit * len(self.replicas))))
         return answers

@@ -24,7 +24,7 @@ LOG_LINES = 15
 """Lines of a replica's log that an error shows."""
 STOP_SECONDS = 10.0
 """How long a replica may take to end by itself."""
-RETRIES = 5
+TRIES = 5
 """How often a request is asked of a replica that is well but fails: with waits of 0.1 s, 0.2 s, 0.4 s, …"""
 _RETRIED = (408, 425, 429)
 
@@ -151,19 +151,24 @@ class Replica:
         return "the end of its log:\n" + "\n".join(f"  {line}" for line in lines[-LOG_LINES:])
 
     async def post(
-        self, session: aiohttp.ClientSession, path: str, body: dict[str, Any], seconds: float
+        self,
+        session: aiohttp.ClientSession,
+        path: str,
+        body: dict[str, Any],
+        seconds: float,
+        tries: int = TRIES,
     ) -> dict[str, Any]:
-        """Ask something and return the JSON answer. Answers that promise more luck later are asked for again.
+        """Ask something and return the JSON answer; up to `tries` times where it may work the next time.
 
         Raises:
             ReplicaLost: it went away, was taken out of use, or did not answer in time.
             RolloutError: it refuses the request, or failed at it again and again.
         """
-        for attempt in range(RETRIES):
+        for attempt in range(tries):
             status, text, answer = await self._post_once(session, path, body, seconds)
             if status == 200:
                 return answer
-            if attempt + 1 == RETRIES or (status < 500 and status not in _RETRIED):
+            if attempt + 1 == tries or (status < 500 and status not in _RETRIED):
                 break
             await asyncio.sleep(0.1 * 2**attempt * random.uniform(0.5, 1.5))
         raise RequestRefused(status, f"{self.name} answered {path} with {status}: {text[:500]}")

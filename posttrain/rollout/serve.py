@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import posttrain
+from posttrain.recipe.schema import ServerConfig
 
 MODEL_NAME = "policy"
 WORKER_EXTENSION = "posttrain.rollout.vllm_worker.WeightLoader"
@@ -26,9 +27,7 @@ _LAUNCHER_VARIABLES = (
 )
 
 
-def serve_command(
-    path: str, options: dict[str, Any], *, transfer: bool = False
-) -> Callable[[int], list[str]]:
+def serve_command(path: str, options: dict[str, Any], *, transfer: bool) -> Callable[[int], list[str]]:
     """The command that serves the model at `path`, as a function of the port.
 
     `options` have the names of `vllm.LLM`'s arguments, which are those of `vllm serve`; None leaves one out.
@@ -90,9 +89,16 @@ def replica_device(index: int) -> str:
     return devices[(trainer_processes() + index) % len(devices)]
 
 
-def own_devices(replicas: int) -> bool:
-    """Whether every replica started here gets a GPU that no other process uses."""
-    return torch.cuda.is_available() and trainer_processes() + replicas <= torch.cuda.device_count()
+def weights_over_nccl(server: ServerConfig) -> bool:
+    """Whether weights go over NCCL; `auto` does that where every process has a GPU of its own, as NCCL needs.
+
+    Running replicas with a folder for weights get files.
+    """
+    if server.weights != "auto":
+        return server.weights == "transfer"
+    if server.urls:
+        return torch.cuda.is_available() and server.weights_dir is None
+    return torch.cuda.is_available() and trainer_processes() + server.replicas <= torch.cuda.device_count()
 
 
 def trainer_processes() -> int:

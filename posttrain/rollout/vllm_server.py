@@ -28,8 +28,8 @@ from posttrain.rollout.adapter_files import served_rank
 from posttrain.rollout.delivery import AdaptersRefused, Delivery
 from posttrain.rollout.engine import check_requests, fork_requests
 from posttrain.rollout.pool import ReplicaPool
-from posttrain.rollout.replica import Replica
-from posttrain.rollout.serve import MODEL_NAME, serve_command, serve_environment
+from posttrain.rollout.replica import Replica, RequestRefused
+from posttrain.rollout.serve import MODEL_NAME, serve_command, serve_environment, weights_over_nccl
 from posttrain.rollout.tokens import make_completions, model_context
 from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling
 from posttrain.rollout.vllm_options import engine_options, sampling_options, served_dtype, stop_ids
@@ -98,6 +98,7 @@ class VllmServerEngine:
         self._scratch = tempfile.TemporaryDirectory(prefix="posttrain-replicas-")
         self._loop: _LoopThread | None = _LoopThread()
         max_rank = served_rank(lora_rank)
+        self._transfers = weights_over_nccl(server)
         options = {
             "revision": revision,
             "tokenizer_revision": revision,
@@ -124,6 +125,7 @@ class VllmServerEngine:
             Path(server.weights_dir or self._scratch.name),
             base_served=not server.urls,
             max_rank=max_rank,
+            transfers=self._transfers,
             seconds=server.start_timeout,
             model_name=self._model,
         )
@@ -136,7 +138,7 @@ class VllmServerEngine:
         scratch = Path(self._scratch.name)
         replicas = [Replica(f"replica {index}", url=url) for index, url in enumerate(server.urls)]
         if not server.urls and self._processes.leads:
-            command = serve_command(path, options)
+            command = serve_command(path, options, transfer=self._transfers)
             replicas = [
                 Replica(
                     f"replica {index}",
@@ -186,7 +188,8 @@ class VllmServerEngine:
             for request in requests
             for index in range(request.sampling.n)
         ]
-        choices = [_choice(answer) for answer in self._run(self._pool.complete("/v1/completions", bodies))]
+        answers = self._run(self._pool.complete("/v1/completions", bodies, self._unanswerable))
+        choices = [_choice(answer) for answer in answers]
         completions = iter(
             make_completions(
                 self._tokenizer,
@@ -270,6 +273,13 @@ class VllmServerEngine:
     def served_name(self) -> str:
         """What the replicas call the current weights: the base's name or an adapter's."""
         return self._model
+
+    def _unanswerable(self, refused: RequestRefused) -> dict[str, Any] | None:
+        """A broken policy's log-probs are NaN, which the server cannot write as JSON: one token of that."""
+        if "not JSON compliant" not in str(refused):
+            return None
+        lost = {"token_ids": self._eos[:1] or [0], "logprobs": {"token_logprobs": [math.nan]}}
+        return {"choices": [{**lost, "finish_reason": "length"}]}
 
     def _check_open(self) -> None:
         if self._loop is None:

@@ -103,6 +103,9 @@ def _merged(layer: LoraLayer, weight: torch.Tensor) -> torch.Tensor:
         merged = (weight if _is_zero3(weight) else whole(weight)).float()
         for adapter in waiting:
             merged = merged + whole(layer.get_delta_weight(adapter)).float()
+            if layer.use_dora.get(adapter):  # rows get the learned lengths (Liu et al., 2024, equation 5)
+                lengths = whole(layer.lora_magnitude_vector[adapter].weight).float()
+                merged = merged * (lengths / merged.norm(dim=1))[:, None]
         return merged.to(weight.dtype)
 
 

@@ -25,7 +25,7 @@ from posttrain.recipe.schema import ServerConfig
 from posttrain.rollout import guard
 from posttrain.rollout.adapter_files import served_rank, why_merged
 from posttrain.rollout.pool import MAX_RESTARTS, ReplicaPool
-from posttrain.rollout.replica import RETRIES, Replica, RequestRefused, free_port
+from posttrain.rollout.replica import TRIES, Replica, RequestRefused, free_port
 from posttrain.rollout.types import Example, RolloutRequest, Sampling, derive_seed
 from posttrain.rollout.vllm_server import VllmServerEngine
 from posttrain.rollout.weight_files import checksum, write_weights
@@ -131,7 +131,7 @@ def test_a_replica_that_is_well_but_fails_is_named(tmp_path: Path, first: int, m
     pool = pool_of(started(tmp_path, 0, "--log", str(log)))
     with pytest.raises(RequestRefused, match=rf"replica 0 \(http://127.*\) answered {PATH} with {message}"):
         run(pool, lambda: pool.complete(PATH, bodies(1, first)))
-    assert len(log.read_text().splitlines()) == (RETRIES if first == BROKEN else 1)
+    assert len(log.read_text().splitlines()) == (TRIES if first == BROKEN else 1)
 
 
 def test_no_proxy_and_a_key(running: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_requests_go_to_the_least_loaded_replica(running: str, tmp_path: Path) -
 def test_a_lost_replica_is_started_again_and_its_requests_are_drawn_again(tmp_path: Path, fault: int) -> None:
     """The other replica goes on meanwhile; both serve the weights that were loaded before the fault."""
     replicas = [started(tmp_path, index, "--slow", "0.1") for index in (0, 1)]
-    pool = pool_of(*replicas, heartbeat=1.0)
+    pool = pool_of(*replicas, heartbeat=2.0)
     weights = write_weights(tmp_path / "weights", [("w", torch.arange(3.0))])
     loads: list[str] = []
 

@@ -32,8 +32,11 @@ def test_plain_model_gives_its_own_tensors_and_the_tied_head(model_path: Path) -
     assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
 
 
-def test_merged_adapters_have_the_names_and_the_function_of_a_plain_model(model_path: Path) -> None:
-    model = adapted(load(model_path))
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_adapters_have_the_names_and_the_function_of_a_plain_model(
+    model_path: Path, dora: bool
+) -> None:
+    model = adapted(load(model_path), use_dora=dora)
     before = fingerprint(model)
     merged = load(model_path)
     assert dict(named_weights(model)).keys() == merged.state_dict().keys()
@@ -43,6 +46,13 @@ def test_merged_adapters_have_the_names_and_the_function_of_a_plain_model(model_
         torch.testing.assert_close(merged(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
         assert (merged(ids).logits - load(model_path)(ids).logits).abs().max() > 0.1
     assert fingerprint(model) == before
+
+
+def test_adapters_can_be_left_out(model_path: Path) -> None:
+    base = load(model_path).state_dict()
+    weights = dict(named_weights(adapted(load(model_path)), merge=False))
+    assert weights.keys() == base.keys()
+    assert all(torch.equal(weights[name], base[name]) for name in base)
 
 
 def test_sixteen_bit_base_is_merged_in_float32_and_rounded_once(model_path: Path) -> None:
