@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -182,14 +183,16 @@ import os, pwd, sys
 print(os.getuid() != 0, sorted(os.listdir('/tmp')), os.listdir('/etc'), os.path.exists('/proc'))
 print([name for path in (*sys.path, '/usr/lib/python3') for end in ('/site-packages', '/dist-packages')
        if os.path.isdir(path + end) for name in os.listdir(path + end)])
-print(os.uname().nodename)
+print(os.uname().nodename, *sorted(os.listdir('/')))
 pwd.getpwuid(0)
 """
     result = run(sandbox, source)
-    first, packages, host = result.stdout.decode().splitlines()
+    first, packages, names = result.stdout.decode().splitlines()
     assert first in {f"True ['main.py', 'stdin'] {etc} False" for etc in ([], ["ld.so.cache"])}
     assert packages == "[]"
+    host, *top = names.split()
     assert host == "sandbox"
+    assert set(top) <= {"dev", "etc", "lib", "lib64", "tmp", "usr", Path(sys.base_prefix).parts[1]}
     assert "KeyError" in result.stderr
 
 
@@ -430,12 +433,20 @@ def in_namespace(script, *options):
 
 
 TRY = """
+ASK = '''
+import os
+print(os.getuid(), os.path.exists('/proc'), end=' ')
+try:
+    open(os.__file__, 'a')
+    print('writes')
+except OSError as error:
+    print(error.strerror)
+'''
 from posttrain.errors import RewardError
 from posttrain.rewards.sandbox import Program, Sandbox
 for isolation in ("required", "none"):
     try:
-        program = Program("import os; print(os.getuid(), os.path.exists('/proc'))")
-        (result,) = Sandbox(isolation).run([program])
+        (result,) = Sandbox(isolation).run([Program(ASK)])
         print(result.stdout.decode().strip())
     except RewardError as error:
         print(error)
@@ -449,9 +460,9 @@ def test_without_namespaces_it_refuses_to_start():
     assert refused.startswith("model-written programs cannot be isolated here, as user ")
     assert "(the sandbox failed: unshare: No space left on device)" in refused
     assert "`isolation: none` in the reward's args runs them unprotected" in refused
-    assert unprotected == "0 True"
+    assert unprotected == "0 True writes"
 
 
 def test_an_ordinary_user_can_isolate():
     done = in_namespace(TRY, "--user", "--map-user=1234", "--map-group=1234")
-    assert done.stdout.splitlines() == ["1000 False", "1234 True"]
+    assert done.stdout.splitlines() == ["1000 False Read-only file system", "1234 True writes"]
