@@ -101,10 +101,13 @@ class Server:
             env=environment,
         )
 
-    def run(self, *arguments: str, trigger: dict[str, Any] | None = None) -> Ended:
+    def run(
+        self, *arguments: str, trigger: dict[str, Any] | None = None, folder: Path | None = None
+    ) -> Ended:
         output = self.folder / "output.txt"
         output.write_text("")
-        job = {"arguments": arguments, "folder": str(self.folder), "output": str(output), "trigger": trigger}
+        where = str(folder or self.folder)
+        job = {"arguments": arguments, "folder": where, "output": str(output), "trigger": trigger}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -239,15 +242,15 @@ def test_a_second_signal_stops_at_once(server, straight):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_where_there_are_no_steps_a_signal_stops_at_once_in_good_order(server, straight, number, code):
-    """In the evaluation, the third call for rollouts after those of two trained batches."""
+def test_where_there_are_no_steps_a_signal_stops_at_once(server, straight, tmp_path, number, code):
+    """In the evaluation, the last call for rollouts. The run is resumed from another working directory."""
     done, expected = straight
     trigger = {"point": "generate", "call": len(done.spans["generate"]) - 1, "delay": 0, "signal": number}
     name = f"evaluating-{code}"
     stopped = server.train(name, trigger=trigger)
     assert stopped.code == code
     assert stopped.output.rstrip().endswith(f"To go on: posttrain resume runs/{name}")
-    resumed = server.resume(name)
+    resumed = server.run("resume", str(server.folder / "runs" / name), folder=tmp_path)
     assert resumed.code == 0, resumed.output
     assert "01-sft was finished before\n── 02-policy was finished before\n" in resumed.output
     assert_same(traces(server.folder / "runs" / name), expected)
