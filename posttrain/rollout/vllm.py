@@ -113,7 +113,7 @@ class VllmEngine:
         }
         if self._max_rank is not None:
             self._options |= {"enable_lora": True, "max_lora_rank": self._max_rank, "max_loras": 1}
-        self._llm: Any = None
+        self._llm: Any
         self._adapter: _SentAdapter | None = None
         self._base_served = False
         self._start()
