@@ -125,6 +125,28 @@ def test_a_batch_fails_as_a_whole_and_alone(marked, fault, kind):
     wait_until(lambda: not marked())
 
 
+def test_what_takes_too_much_of_the_machine(marked):
+    texts = ["=1", "memory", "print 1 GB", "=2"]
+    rollouts = make_rollouts(texts)
+    with make_scorer(faulty("act", timeout=60.0), memory_gib=2.0) as scorer:
+        report = scorer.score(rollouts)
+    assert [rollout.reward for rollout in rollouts] == [1.0, None, 1.0, 2.0]
+    assert next(iter(report.rewards.values())).errors == {"exception": 1}
+    (error,) = rollouts[1].reward_errors.values()
+    assert error.startswith("exception: MemoryError")
+
+
+def test_processes_that_a_reward_starts_end_with_it(marked):
+    texts = ["=1", "flood", "daemon", "=2"]
+    rollouts = make_rollouts(texts)
+    with make_scorer(faulty("act", timeout=3.0)) as scorer:
+        report = scorer.score(rollouts)
+        assert [rollout.reward for rollout in rollouts] == [1.0, None, None, 2.0]
+        assert next(iter(report.rewards.values())).errors == {"timeout": 2}
+        wait_until(lambda: len(marked()) == 2)  # the two workers
+    wait_until(lambda: not marked())
+
+
 def test_tensors(marked):
     """Apart from the others, as every replaced worker would import torch within a sample's time."""
     texts = ["tensor(0d)", "tensor(1d)", "=1"]

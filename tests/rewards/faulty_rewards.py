@@ -73,6 +73,24 @@ def _act(text):
     return ACTIONS[text]()
 
 
+def _flood():
+    for _ in range(200):  # and no more, should nothing stop them
+        if os.fork() == 0:
+            time.sleep(3600)
+            os._exit(0)
+    _forever()
+
+
+def _daemon():
+    """A process with a session and a parent of its own, as servers are started."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(3600)
+        os._exit(0)
+    _forever()
+
+
 class Unprintable(Exception):
     def __str__(self):
         raise RuntimeError
@@ -104,6 +122,7 @@ ACTIONS = {
     "np.array(0d)": lambda: np.array(0.25),
     "tensor(0d)": lambda: _tensor(0.75),
     "print": lambda: [print("x" * 1_000_000) for _ in range(50)] and 1.0,
+    "print 1 GB": lambda: [print("x" * 10_000_000) for _ in range(100)] and 1.0,
     # bad values
     "nan": lambda: float("nan"),
     "inf": lambda: float("inf"),
@@ -126,6 +145,10 @@ ACTIONS = {
     "kill": lambda: os.kill(os.getpid(), 9),
     "segfault": lambda: ctypes.string_at(0),
     "closed": lambda: os.closerange(0, 256),
+    # resources
+    "memory": lambda: float(len(bytearray(5 << 30))),
+    "flood": _flood,
+    "daemon": _daemon,
     # time
     "while": _forever,
     "regex": lambda: re.match(r"(a+)+$", "a" * 64 + "b"),

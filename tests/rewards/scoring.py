@@ -35,10 +35,12 @@ def make_rollouts(
     return rollouts
 
 
-def make_scorer(*specs: str | dict[str, Any], workers: int = 2) -> Scorer:
+def make_scorer(*specs: str | dict[str, Any], workers: int = 2, **options: Any) -> Scorer:
     """A scorer of rewards as a recipe would name them."""
     named = [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
-    return Scorer([RewardSpec.model_validate(spec) for spec in named], RewardOptions(workers=workers))
+    return Scorer(
+        [RewardSpec.model_validate(spec) for spec in named], RewardOptions(workers=workers, **options)
+    )
 
 
 def faulty(attribute: str, **spec: Any) -> dict[str, Any]:
