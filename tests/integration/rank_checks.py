@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from engine_contract import load
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
+from posttrain.recipe.schema import ModelConfig
+from posttrain.rollout.build import load_model
 from posttrain.rollout.weights import named_weights, saved_weights
 from posttrain.training.distributed import check_backend, splits_weights, start_processes
 
@@ -27,7 +29,7 @@ def weights_are_put_together(model_path: str) -> None:
 
 def make(path: Path, adapted: bool) -> torch.nn.Module:
     """A model, the same at every call; with adapters that change it."""
-    model = load(path)
+    model = load_model(ModelConfig(path=str(path)))
     if not adapted:
         return model
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
@@ -40,8 +42,8 @@ def make(path: Path, adapted: bool) -> torch.nn.Module:
 
 
 def _compare(model: torch.nn.Module, expected: torch.nn.Module, rank: int) -> None:
-    accelerator = Accelerator(cpu=True)
-    if accelerator.state.deepspeed_plugin is not None:
+    accelerator = Accelerator()  # on the CPU: the processes have been joined so
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     model, _ = accelerator.prepare(model, torch.optim.SGD(trained, lr=0.1))

@@ -19,7 +19,6 @@ def load_everything() -> None:
     import accelerate
     import deepspeed
     import deepspeed.runtime.zero.muon.original_muon  # compiles functions, for which torch imports a lot
-    import engine_contract
     import peft
     import trl
     from transformers import Qwen2ForCausalLM, Trainer
@@ -30,7 +29,7 @@ def load_everything() -> None:
     import posttrain.stages.sft
 
     posttrain.recipe.summary.versions()  # looks through all installed packages, once in a process
-    assert all((accelerate, peft, engine_contract, trl.SFTTrainer, Qwen2ForCausalLM, Trainer))
+    assert all((accelerate, peft, trl.SFTTrainer, Qwen2ForCausalLM, Trainer))
     # DeepSpeed would compile a shared-memory backend for processes on one machine first, which takes longer
     # than all of these tests; with none of its compiled operations it leaves communication to gloo.
     deepspeed.ops.__compatible_ops__ = {}
