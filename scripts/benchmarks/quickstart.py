@@ -84,7 +84,8 @@ def trl_trainer(path: Path, folder: Path, callbacks: list[Any] | None = None) ->
     examples = load_examples(recipe.data.train)
     dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
     completions = stage.prompts_per_step * stage.group_size
-    micro_batch = completions if dtype == torch.float32 else stage.group_size
+    # All at once for the tiny model; else about as many tokens as the recipe's micro_batch_tokens.
+    micro_batch = completions if dtype == torch.float32 else 4 * stage.group_size
     arguments = GRPOConfig(
         output_dir=str(folder),
         max_steps=stage.steps,
