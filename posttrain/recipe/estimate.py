@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from posttrain.recipe.model_info import DTYPE_BYTES, ModelInfo
 from posttrain.recipe.schema import (
     DataSource,
@@ -109,7 +111,7 @@ def memory_of(stage: SftStage | PolicyStage | EvaluateStage, recipe: Recipe, inf
         return [Memory("sample", sampler)]
     trained = {"weights": weights, **_training_state(recipe, info)}
     if isinstance(stage, SftStage):
-        rows = stage.micro_batch_size or math.ceil(stage.batch_size / _processes(recipe))
+        rows = stage.micro_batch_size or math.ceil(stage.batch_size / processes(recipe))
         length = stage.max_length or info.context or 0
         logits = rows * length * info.vocabulary * 4
         activations = _activations(rows * length, info, recipe, checkpointing=False)
@@ -163,8 +165,15 @@ def element_bytes(recipe: Recipe, info: ModelInfo) -> int:
     return DTYPE_BYTES.get(dtype, 4)
 
 
-def _processes(recipe: Recipe) -> int:
-    return recipe.launch.num_processes if recipe.launch else 1
+def processes(recipe: Recipe) -> int:
+    """Training processes: the recipe's number, or else that of accelerate's configuration."""
+    launch = recipe.launch
+    if launch is None or launch.num_processes > 1 or launch.config_file is None:
+        return launch.num_processes if launch else 1
+    try:
+        return int(yaml.safe_load(Path(launch.config_file).read_text())["num_processes"])
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError):
+        return 1  # accelerate will say what is wrong with it
 
 
 def _training_state(recipe: Recipe, info: ModelInfo) -> dict[str, int]:
@@ -192,7 +201,7 @@ def _kv_cache(stage: SftStage | PolicyStage | EvaluateStage, recipe: Recipe, inf
         return int(recipe.rollout.kv_cache_gib * 2**30)
     sequences, cap = recipe.rollout.batch_size, recipe.rollout.max_tokens
     if isinstance(stage, PolicyStage):
-        sequences = min(sequences, math.ceil(stage.prompts_per_step / _processes(recipe)) * stage.group_size)
+        sequences = min(sequences, math.ceil(stage.prompts_per_step / processes(recipe)) * stage.group_size)
     if isinstance(stage, EvaluateStage):
         cap = stage.max_tokens or cap
     length = min(2 * cap, recipe.rollout.max_model_len or info.context or 2 * cap)

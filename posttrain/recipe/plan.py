@@ -14,6 +14,7 @@ from posttrain.recipe.estimate import (
     count_rows,
     disk_of,
     memory_of,
+    processes,
     size_of,
     trainable_parameters,
 )
@@ -231,8 +232,7 @@ def _memory_lines(recipe: Recipe, memory: list[list[Memory]]) -> list[str]:
 
 def _closing_line(recipe: Recipe) -> str:
     steps = ", then ".join(_what(spec.config) for spec in recipe.stages)
-    processes = recipe.launch.num_processes if recipe.launch else 1
-    where = f" in {processes} processes" if processes > 1 else ""
+    where = f" in {count} processes" if (count := processes(recipe)) > 1 else ""
     return f"This will {steps}{where}, and write to {Path(recipe.output_dir) / recipe.name}."
 
 

@@ -20,6 +20,7 @@ from posttrain.rollout.types import Example
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.arguments import optimizer_arguments, world_size
 from posttrain.training.checkpoint import Checkpointer
+from posttrain.training.distributed import check_backend
 from posttrain.training.load import compute_dtype, load_policy
 
 
@@ -120,6 +121,7 @@ def finetune(
         callbacks=[metrics],
     )
     trainer.remove_callback(PrinterCallback)
+    check_backend(trainer.accelerator)
     if checkpointer is None:
         trainer.train()
     else:

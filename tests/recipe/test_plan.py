@@ -104,6 +104,8 @@ def test_the_text_ends_with_what_will_run() -> None:
         "This will fine-tune on demonstrations, then train 10 steps with dapo, then evaluate pass@4, greedy "
         "in 2 processes, and write to runs/try."
     )
+    Path("ddp.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 8\n")
+    assert " in 8 processes, " in format_plan(plan("launch={config_file: ddp.yaml}"))
     assert "10 steps × 8 prompts × 4 completions = 320 rollouts, at most 20.5k sampled tokens" in text
 
 
