@@ -399,7 +399,7 @@ class LaunchConfig(Section):
     num_processes: int = Field(default=1, ge=1)
     """Processes over all machines; 1 leaves the number to `config_file`."""
     config_file: str | None = None
-    """An accelerate configuration, e.g. `recipes/accelerate/ddp.yaml`."""
+    """An accelerate configuration, e.g. `recipes/accelerate/ddp_8gpu.yaml`."""
 
 
 class Recipe(Section):
