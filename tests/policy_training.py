@@ -54,6 +54,7 @@ def make_trainer(
     model=None,
     reference=None,
     on_error="redraw",
+    combine="sum_then_normalize",
     engine=None,
     **hooks,
 ):
@@ -69,7 +70,7 @@ def make_trainer(
         encode=lambda example: tuple(tokenizer(example.prompt)["input_ids"]),
         stage=stage,
         rollout=rollout,
-        rewards=RewardOptions(on_error=on_error),
+        rewards=RewardOptions(on_error=on_error, combine=combine),
         methods=methods,
         seed=0,
     )
