@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from posttrain.errors import PosttrainError, RewardError
 from posttrain.rewards.calling import Outcome, timeout_outcome

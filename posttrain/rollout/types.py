@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 
+@with_config(ConfigDict(extra="allow"))
 class Message(TypedDict):
     """One chat message; further keys (a name, tool calls) stay with it."""
-
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
 
     role: str
     content: str

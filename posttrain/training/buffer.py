@@ -148,7 +148,7 @@ class PendingBatch:
 
 def rng_states(contexts: Sequence[StepContext]) -> list[State]:
     """Where the methods' random generators are."""
-    return [context.rng.bit_generator.state for context in contexts]
+    return [dict(context.rng.bit_generator.state) for context in contexts]
 
 
 def set_rng_states(contexts: Sequence[StepContext], states: Sequence[State]) -> None:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from posttrain.recipe.schema import LossConfig
-from posttrain.training.batch import MicroBatch
+from posttrain.training.batch import MicroBatch, TrainRow
 from posttrain.training.buffer import UpdateBatch
 from posttrain.training.losses import Stats, nll_loss, policy_loss
+
+
+def member_counts(
+    rows: Sequence[TrainRow], channels: Sequence[str], terms: Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """Sequences and trained tokens that belong to every channel and supervised term, by name."""
+    counts = {}
+    tables = [*((name, "advantages") for name in channels), *((name, "nll_weights") for name in terms)]
+    for name, table in tables:
+        members = [row for row in rows if name in getattr(row, table)]
+        counts[name] = (len(members), sum(len(row.positions) for row in members))
+    return counts
 
 
 def objective(

@@ -28,14 +28,7 @@ from posttrain.recipe.schema import PolicyStage, RolloutConfig
 from posttrain.rollout.engine import RolloutEngine
 from posttrain.rollout.types import Rollout, RolloutBatch, derive_seed
 from posttrain.training.advantages import BatchStats, batch_moments, compute_advantages, default_scale
-from posttrain.training.batch import (
-    MicroBatch,
-    Packing,
-    TrainRow,
-    empty_row,
-    rollout_row,
-    supervised_rows,
-)
+from posttrain.training.batch import MicroBatch, Packing, TrainRow, empty_row, rollout_row, supervised_rows
 from posttrain.training.buffer import PendingBatch, State, Tensors, UpdateBatch
 from posttrain.training.collect import SOLUTION, Collected, Collector
 from posttrain.training.distributed import check_backend
@@ -48,7 +41,7 @@ from posttrain.training.forward import (
 )
 from posttrain.training.health import WeightsWatch, check_sync, finite_gradients, rollout_metrics
 from posttrain.training.losses import Denominators, Stats, mean_stats, merge_stats
-from posttrain.training.objective import objective
+from posttrain.training.objective import member_counts, objective
 from posttrain.training.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -161,7 +154,7 @@ class PolicyTrainer(Trainer):
         batch.metrics.total("seconds/update", time.monotonic() - started)
         self._metrics = Tally.merged(gather_object([batch.metrics])).values()
         self._metrics["loss"] = self.accelerator.reduce(loss, "mean").item()
-        self._bad = not np.isfinite(self._metrics["loss"]) or not np.isfinite(self._metrics.get(MISMATCH, 0))
+        self._bad = not np.isfinite([self._metrics["loss"], self._metrics.get(MISMATCH, 0.0)]).all()
         # The Trainer sums the losses between two lines of its log: one NaN would stay there for good.
         return torch.zeros_like(loss) if self._bad else loss
 
@@ -176,14 +169,9 @@ class PolicyTrainer(Trainer):
         tally, contexts = pending.tally, pending.contexts
 
         channels = self._channels(collected.batch, contexts)
-        terms = [
-            term
-            for method, context in zip(self.methods, contexts, strict=False)
-            for term in method.auxiliary(context)
-        ]
-        trained = collected.batch
+        terms = [t for m, context in zip(self.methods, contexts, strict=False) for t in m.auxiliary(context)]
         if self.stage.mask_truncated:
-            collected.drop([rollout for rollout in trained if rollout.truncated], lambda _: "truncated")
+            collected.drop([r for r in collected.batch if r.truncated], lambda _: "truncated")
         rows = [row for rollout in collected.batch if (row := rollout_row(rollout, channels)) is not None]
         rows += [row for term in terms for row in supervised_rows(term)]
         batch = UpdateBatch(
@@ -240,7 +228,8 @@ class PolicyTrainer(Trainer):
 
     def _contexts(self, step: int, tally: Tally) -> list[StepContext]:
         """One context for each method; one that belongs to none when there are none."""
-        return [self._context(step, method, tally) for method in self.methods or [None]]
+        methods: Sequence[Method | None] = self.methods or [None]
+        return [self._context(step, method, tally) for method in methods]
 
     def _context(self, step: int, method: Method | None, tally: Tally) -> StepContext:
         name = method.name if method else ""
@@ -274,10 +263,7 @@ class PolicyTrainer(Trainer):
             moments = torch.tensor(batch_moments(kind, rewards, groups), device=self.accelerator.device)
             stats = BatchStats.from_moments(self.accelerator.reduce(moments, "sum").cpu().numpy())
         advantages = compute_advantages(kind, scale, rewards, groups, stats)
-        return Channel(
-            OUTCOME,
-            {rollout.id: float(value) for rollout, value in zip(rollouts, advantages, strict=True)},
-        )
+        return Channel(OUTCOME, {r.id: float(value) for r, value in zip(rollouts, advantages, strict=True)})
 
     # --- update ----------------------------------------------------------------------------------------
 
@@ -285,20 +271,12 @@ class PolicyTrainer(Trainer):
         self, rows: Sequence[TrainRow], channels: Sequence[Channel], terms: Sequence[LossTerm]
     ) -> dict[str, Denominators]:
         """Sequences and tokens of every channel and term, over all ranks."""
-        counts = []
-        for name, table in [
-            *((c.name, "advantages") for c in channels),
-            *((t.name, "nll_weights") for t in terms),
-        ]:
-            members = [row for row in rows if name in getattr(row, table)]
-            counts.append([len(members), sum(len(row.positions) for row in members)])
-        total = self.accelerator.reduce(
-            torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device), "sum"
-        )
-        names = [*(channel.name for channel in channels), *(term.name for term in terms)]
+        counts = member_counts(rows, [c.name for c in channels], [t.name for t in terms])
+        local = torch.tensor([*counts.values()], dtype=torch.float64, device=self.accelerator.device)
+        total = self.accelerator.reduce(local, "sum").tolist()
         return {
             name: Denominators(max(sequences, 1.0), max(tokens, 1.0), self.rollout.max_tokens)
-            for name, (sequences, tokens) in zip(names, total.tolist(), strict=True)
+            for name, (sequences, tokens) in zip(counts, total, strict=True)
         }
 
     def _micro_batches(self, rows: Sequence[TrainRow]) -> list[list[TrainRow]]:
@@ -395,8 +373,8 @@ class PolicyTrainer(Trainer):
         finite = torch.isfinite(loss).to(loss.dtype)
         if self.accelerator.reduce(finite, "sum") < self.accelerator.num_processes:
             raise TrainingError(
-                f"the loss of step {self.state.global_step + 1} is not finite ({float(loss)} on this rank); the "
-                f"weights were not updated, and with DeepSpeed such a step cannot be skipped"
+                f"the loss of step {self.state.global_step + 1} is not finite ({float(loss)} on this rank): "
+                "the weights were not updated, and with DeepSpeed such a step cannot be skipped"
             )
 
     def before_optimizer_step(self) -> None:
