@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from posttrain.errors import RolloutError
-from posttrain.rollout.replica import Replica, ReplicaLost, RequestRefused, stop_all
+from posttrain.rollout.replica import TRIES, Replica, ReplicaLost, RequestRefused, stop_all
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ class ReplicaPool:
         if self._session is None:
             key = os.environ.get(API_KEY)
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
+                # The server closes idle connections after five seconds.
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
                 headers={"Authorization": f"Bearer {key}"} if key else {},
                 trust_env=False,
             )
@@ -157,13 +158,18 @@ class ReplicaPool:
         if replica.repair is not None:
             await replica.repair
         self._raise_fatal()
-        try:
-            if replica.up:
-                await act(replica)
-        except ReplicaLost as lost:
-            await self._lose(replica, str(lost))
-            if replica.repair is not None:
-                await replica.repair  # which ends with `load`
+        for attempt in range(TRIES):
+            try:
+                if replica.up:
+                    await act(replica)
+                return
+            except ReplicaLost as lost:
+                await self._suspect(replica, lost)
+                if attempt + 1 == TRIES:
+                    await self._lose(replica, str(lost))
+                if not replica.up and replica.repair is not None:
+                    await replica.repair  # which ends with `load`
+                    return
 
     async def complete(
         self,

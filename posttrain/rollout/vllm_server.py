@@ -265,6 +265,11 @@ class VllmServerEngine:
         return self._pool.urls
 
     @property
+    def scratch(self) -> Path:
+        """This process's folder for logs, sockets and, without `server.weights_dir`, weights."""
+        return Path(self._scratch.name)
+
+    @property
     def process_ids(self) -> list[int]:
         """Of the replicas that were started here, each the leader of its process group."""
         return [replica.process.pid for replica in self._pool.replicas if replica.process is not None]

@@ -154,4 +154,4 @@ def test_a_recipe_trains_on_running_replicas(
     assert [line["step"] for line in steps] == [1, 2]
     assert all(line["sampling/logprob_difference"] < 1e-4 for line in steps)
     summary = json.loads((tmp_path / "small" / "summary.json").read_text())
-    assert summary["accuracy_evaluate"]["n"] == 8
+    assert summary["tokens_sampled"] > 0

@@ -344,6 +344,28 @@ class TestAdapters:
         assert served_rank(rank) == served
 
 
+def test_two_training_processes_share_the_replicas_of_their_machine(model_path: Path) -> None:
+    """The first starts them, sends weights once and starts a killed one again; the second follows it."""
+    script = Path(__file__).parent / "replica_rank.py"
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(model_path)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=180)
+            assert rank.returncode == 0, errors
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 class TestEngineOnARunningReplica:
     """What the engine sends; the stand-in's completions tell its weights and adapter apart."""
 
