@@ -25,7 +25,7 @@ COMMANDS = {
     "evaluate": "run a recipe's evaluate stages on a model",
     "generate": "sample completions of a model",
     "report": "write the HTML report of a run",
-    "rewards": "list the reward functions",
+    "rewards": "list the reward functions, try one before a run, score rollouts again",
     "recipes": "list, show or copy the recipes that come with posttrain",
 }
 

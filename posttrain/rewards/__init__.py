@@ -2,8 +2,12 @@
 
 registry   declare rewards, list them, find the one a recipe names
 builtin    the rewards that come with posttrain
+code_tests and sandbox   what model-written programs are judged by, and where they run
 calling    load a reward's code and call it by its convention
 worker     the killable process in which it runs
 pool       the processes, replaced when they hang or die
+cache      values that deterministic rewards have given before
+combine    from several values to one: weights, schedules, clips, gates
 scorer     rollouts in, rewards and a report out
-"""
+trial      gold and adversarial samples, before a run
+rescore    saved rollouts again, after it

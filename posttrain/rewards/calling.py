@@ -5,6 +5,7 @@ Runs in the worker processes; for the built-ins that cannot hang, in the trainer
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -279,11 +280,15 @@ def _code_of(target: Callable[..., Any], source: RewardSource) -> tuple[str, str
     """SHA-256 of the file that defines a reward, and `file.py:line` or what is known of that."""
     if source.pickled is not None:
         return hashlib.sha256(source.pickled).hexdigest(), ""
-    code: Any = target if hasattr(target, "__qualname__") else type(target)
+    code: Any = target
+    while isinstance(code, functools.partial):
+        code = code.func
+    code = inspect.unwrap(code)
+    code = code if hasattr(code, "__qualname__") else type(code)
     try:
         file = inspect.getsourcefile(code)
         place = f"{file}:{inspect.getsourcelines(code)[1]}"
-    except (TypeError, OSError):  # it is not written in Python, or bound by functools.partial
+    except (TypeError, OSError):  # it is not written in Python
         file = place = source.file or sys.modules[source.module or ""].__file__ or ""
     if file is None or not Path(file).is_file():
         return hashlib.sha256(place.encode()).hexdigest(), place

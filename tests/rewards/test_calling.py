@@ -1,3 +1,4 @@
+import hashlib
 import math
 
 import numpy as np
@@ -217,3 +218,44 @@ def test_files_import_their_neighbours(tmp_path):
 def test_code_that_cannot_be_used(tmp_path, code, args, error, message):
     with pytest.raises(error, match=message):
         load(code, tmp_path, **args)
+
+
+# --- where the code is
+
+
+def test_a_loaded_reward_says_which_code_it_is(tmp_path):
+    (tmp_path / "elsewhere_defined.py").write_text("def g(completion, example): return 2.0")
+    code = (
+        "import functools\nfrom elsewhere_defined import g\n"
+        "def f(completion, example): return 1.0\n"
+        "class C:\n def __call__(self, completion, example): return 3.0\n"
+        "c = C()\nbound = functools.partial(f)\nkept = functools.cache(f)\n"
+    )
+    info = load(code, tmp_path).info
+    path = tmp_path / "my_rewards.py"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (info.sha256, info.place) == (digest, f"{path}:4")
+    assert info.fingerprint == f"0 sha256:{digest[:16]}"
+    places = {
+        "g": (hashlib.sha256((tmp_path / "elsewhere_defined.py").read_bytes()).hexdigest(), 1),
+        "C": (digest, 5),
+        "c": (digest, 5),
+        "bound": (digest, 4),
+        "kept": (digest, 4),
+    }
+    for name, (sha256, line) in places.items():
+        info = load(code, tmp_path, name).info
+        assert (info.sha256, int(info.place.rpartition(":")[2])) == (sha256, line)
+
+
+@pytest.mark.parametrize(
+    ("code", "sees"),
+    [
+        ("def f(completions, trainer_state): ...", True),
+        ("def f(completions, **kwargs): ...", True),
+        ("def f(completions, answer): ...", False),
+        ("def f(completion, example): ...", False),
+    ],
+)
+def test_who_can_tell_the_step(tmp_path, code, sees):
+    assert load(code, tmp_path).sees_step is sees

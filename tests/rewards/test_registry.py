@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -6,7 +7,8 @@ from rewards.scoring import FAULTY, make_rollouts, make_scorer
 
 from posttrain.errors import RecipeError, RewardError
 from posttrain.recipe.schema import RewardSpec
-from posttrain.rewards.registry import RewardInfo, known_rewards, locate, reward
+from posttrain.rewards.registry import RewardInfo, known_rewards, locate, provenance, reward
+from posttrain.training.record import note_rewards
 
 
 def spec(name, **options):
@@ -72,6 +74,37 @@ def test_a_name_belongs_to_one_code():
 
         @reward("mine")
         def other(completion, example): ...
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"range": (1, 0)}, r"'mine': its range is \(lowest, highest\), not \(1, 0\)"),
+        ({"timeout": 0.0}, "'mine': timeout and concurrency must be positive"),
+        ({"concurrency": 0}, "'mine': timeout and concurrency must be positive"),
+    ],
+)
+def test_declarations_that_make_no_sense(options, message):
+    with pytest.raises(RewardError, match=message):
+        reward("mine", **options)
+
+
+def test_where_rewards_come_from():
+    assert provenance(known_rewards()["math_answer"]) == "built in"
+    assert provenance(RewardInfo("mine", origin="a.b:f")) == "a.b:f"
+    assert provenance(RewardInfo("mine", origin="a.b:f", place="a/b.py:3")) == "a/b.py:3"
+
+
+def test_a_run_lists_its_rewards_and_keeps_what_it_listed(tmp_path):
+    first = RewardInfo("mine", "1", sha256="ab", range=(0.0, 1.0))
+    edited = RewardInfo("mine", "1", sha256="cd", range=(0.0, 1.0))
+    for attempt in ([first], [first], [edited], [first]):
+        note_rewards(tmp_path / "rewards.json", attempt)
+    listed = json.loads((tmp_path / "rewards.json").read_text())
+    assert [(entry["name"], entry["version"], entry["sha256"]) for entry in listed] == [
+        ("mine", "1", "ab"),
+        ("mine", "1", "cd"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +213,7 @@ def test_from_an_entry_point(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert known_rewards()["twofold"] == RewardInfo("twofold", "1.5", "some_package:twice")
+    assert provenance(known_rewards()["twofold"]) == "entry point some_package:twice"
     assert score("twofold", "length") == [[2.0, 1.0], [4.0, 2.0]]
 
 
