@@ -11,3 +11,4 @@ combine    from several values to one: weights, schedules, clips, gates
 scorer     rollouts in, rewards and a report out
 trial      gold and adversarial samples, before a run
 rescore    saved rollouts again, after it
+"""
