@@ -86,6 +86,12 @@ def test_a_recipe_runs_through_all_stages(tmp_path, model, engine, lora):
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
     assert (run / "models" / "03-policy" / weights).is_file()
     assert (run / "recipe.yaml").is_file()
+    listed = {entry["name"]: entry for entry in json.loads((run / "rewards.json").read_text())}
+    assert set(listed) == {"math_answer", f"{tmp_path}/digits.py:digits"}
+    for row in [*rollouts, *samples]:
+        for name, version in json.loads(row["reward_versions"]).items():
+            assert version == f"{listed[name]['version']} sha256:{listed[name]['sha256'][:16]}"
+    assert (run / "cache" / "rewards" / "0.jsonl").stat().st_size > 0
     assert "<html" in (run / "report.html").read_text()
     assert "Report:" in done.stdout
 
