@@ -77,7 +77,8 @@ def resume_run(loaded: LoadedRecipe, run_dir: Path) -> Path:
 
 def _load_rewards(recipe: Recipe) -> list[RewardInfo]:
     """A reward that cannot be loaded must not be found out after an hour of another stage."""
-    with Scorer(recipe.rewards, recipe.reward_options) as scorer:
+    one_worker = recipe.reward_options.model_copy(update={"workers": 1})
+    with Scorer(recipe.rewards, one_worker) as scorer:
         return list(scorer.infos.values())
 
 

@@ -22,44 +22,50 @@ WEIGHTS = "model.safetensors"
 
 def compare(settings: Settings) -> list[Comparison]:
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        recipe = write_recipe(folder, "policy", settings.seed, steps=1)
-        script = ROOT / "scripts" / "benchmarks" / "quickstart.py"
+        recipe = write_recipe(Path(name), "policy", settings.seed, steps=1)
+        return [
+            side_by_side(settings, recipe, "TRL as installed beside vLLM, which it then imports"),
+            side_by_side(settings, recipe, "TRL with vLLM hidden from it", "without-vllm"),
+        ]
 
-        def ours() -> Sample[int]:
-            seconds = run("-m", "posttrain", "train", str(recipe), "--overwrite")
-            (weights,) = (folder / "policy" / "models").glob(f"*/{WEIGHTS}")
-            metrics = (folder / "policy" / "metrics.jsonl").read_text().splitlines()
-            require(len(metrics) == 1, f"ours took {len(metrics)} steps")
-            return Sample(seconds, weights.stat().st_size)
 
-        def theirs() -> Sample[int]:
-            seconds = run(str(script), str(recipe), str(folder / "trl"))
-            return Sample(seconds, (folder / "trl" / "model" / WEIGHTS).stat().st_size)
+def side_by_side(settings: Settings, recipe: Path, name: str, *options: str) -> Comparison:
+    """Our run and TRL's in turns; `options` are the TRL script's."""
+    folder = recipe.parent
+    script = ROOT / "scripts" / "benchmarks" / "quickstart.py"
 
-        def check(a: int, b: int) -> None:
-            require(abs(a - b) < 4096, f"saved models of {a} and {b} bytes")
+    def ours() -> Sample[int]:
+        seconds = run("-m", "posttrain", "train", str(recipe), "--overwrite")
+        (weights,) = (folder / "policy" / "models").glob(f"*/{WEIGHTS}")
+        metrics = (folder / "policy" / "metrics.jsonl").read_text().splitlines()
+        require(len(metrics) == 1, f"ours took {len(metrics)} steps")
+        return Sample(seconds, weights.stat().st_size)
 
-        values = alternate(ours, theirs, settings.pairs(), check)
-        loaded = load_recipe(recipe).recipe
+    def theirs() -> Sample[int]:
+        seconds = run(str(script), str(recipe), str(folder / "trl"), *options)
+        return Sample(seconds, (folder / "trl" / "model" / WEIGHTS).stat().st_size)
+
+    def check(a: int, b: int) -> None:
+        require(abs(a - b) < 4096, f"saved models of {a} and {b} bytes")
+
+    values = alternate(ours, theirs, settings.pairs(), check)
+    loaded = load_recipe(recipe).recipe
     stage = policy_stage(loaded)
-    return [
-        Comparison(
-            name="one step of the quickstart's policy stage",
-            theirs_is="a script with GRPOTrainer(…).train() and save_model()",
-            unit="CPU seconds",
-            limit=LIMIT,
-            ours=values[0],
-            theirs=values[1],
-            shapes={
-                "model": json.loads((Path(loaded.model.path) / "config.json").read_text())["model_type"],
-                "prompts": stage.prompts_per_step,
-                "group": stage.group_size,
-                "max_tokens": loaded.rollout.max_tokens,
-            },
-            note="vLLM is hidden from TRL, which else imports it and takes longer.",
-        )
-    ]
+    return Comparison(
+        name=name,
+        theirs_is="a script with GRPOTrainer(…).train() and save_model()",
+        unit="CPU seconds",
+        limit=LIMIT,
+        ours=values[0],
+        theirs=values[1],
+        shapes={
+            "model": json.loads((Path(loaded.model.path) / "config.json").read_text())["model_type"],
+            "prompts": stage.prompts_per_step,
+            "group": stage.group_size,
+            "max_tokens": loaded.rollout.max_tokens,
+        },
+        note="Ours has two reward workers, and writes rollouts and the report.",
+    )
 
 
 def run(*arguments: str) -> float:

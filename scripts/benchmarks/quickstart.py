@@ -1,6 +1,6 @@
 """The quickstart's policy stage as a recipe of its own, and the same stage as a TRL script.
 
-As a script, `python quickstart.py RECIPE FOLDER`, this is the TRL side of the first-step bench.
+`python quickstart.py RECIPE FOLDER [without-vllm]` is the TRL side of the first-step bench.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ def _math_answer() -> Any:
 
 
 def main() -> None:
-    # vLLM is not used here, but TRL imports it where it is installed, which takes seconds.
-    sys.modules["vllm"] = None  # type: ignore[assignment]
-    recipe, folder = map(Path, sys.argv[1:])
+    recipe, folder = map(Path, sys.argv[1:3])
+    if "without-vllm" in sys.argv:
+        sys.modules["vllm"] = None  # type: ignore[assignment]
     trainer = trl_trainer(recipe, folder)
     trainer.train()
     trainer.save_model(str(folder / "model"))
