@@ -161,6 +161,29 @@ class TestLoraAndFaults:
         with pytest.raises(AssertionError), adapted.disable_adapter():
             assert_sampled_from(adapted, MIXED, engine.generate(MIXED), tolerance=0.05)
 
+    def test_vllm_serves_a_saved_adapter_folder(
+        self, engine: VllmEngine, model_path: Path, tmp_path: Path
+    ) -> None:
+        """Without posttrain: the folder is what checkpoints and `models/` hold of a LoRA policy."""
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        adapted = adapted_policy(load(model_path))
+        adapted.save_pretrained(tmp_path / "adapter")
+        (output,) = engine._llm.generate(
+            [{"prompt_token_ids": [5, 6, 7, 8]}],
+            SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=0),
+            use_tqdm=False,
+            lora_request=LoRARequest("saved", 1000, str(tmp_path / "adapter")),
+        )
+        (answer,) = output.outputs
+        ids = torch.tensor([[5, 6, 7, 8, *answer.token_ids]])
+        with torch.no_grad():
+            logprobs = adapted(ids).logits[0, 3:-1].log_softmax(-1)
+        assert logprobs.argmax(-1).tolist() == list(answer.token_ids)
+        served = [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+        assert served == pytest.approx(logprobs.max(-1).values.tolist(), abs=1e-4)
+
     def test_policies_that_must_be_merged_come_in_between(self, engine: VllmEngine, model_path: Path) -> None:
         changed = perturbed(model_path)
         engine.sync(changed)

@@ -118,6 +118,19 @@ def test_a_run_is_repeatable_and_a_seed_changes_it(tmp_path, model):
     assert weights[0] != weights[2]
 
 
+def test_a_batch_can_be_sampled_ahead(tmp_path, model):
+    recipe = write_recipe(tmp_path, model)
+    policy = "steps: 3, prompts_per_step: 3, group_size: 4, overlap: 1, optimizer: {learning_rate: 1e-3}"
+    done = posttrain("train", recipe, f"stages=[{{policy: {{{policy}}}}}]")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "small" / "metrics.jsonl").read_text().splitlines()]
+    mismatch = [line["sampling/logprob_difference"] for line in lines]
+    assert mismatch[0] < 1e-5 < min(mismatch[1:])  # later batches are of weights one step old
+    folder = tmp_path / "small" / "rollouts" / "01-policy"
+    versions = [set(pq.read_table(file)["policy_version"].to_pylist()) for file in sorted(folder.iterdir())]
+    assert versions == [{0}, {0}, {1}]
+
+
 def test_an_existing_run_is_not_touched_without_being_told_to(tmp_path, model):
     recipe = write_recipe(tmp_path, model)
     (tmp_path / "small").mkdir()
