@@ -203,7 +203,7 @@ def test_a_failed_start_shows_the_log(tmp_path: Path) -> None:
 
 
 def test_a_running_replica_that_is_lost_is_dropped(running: str, tmp_path: Path) -> None:
-    lost = started(tmp_path, 0, "--slow", "0.1")
+    lost = started(tmp_path, 0, "--slow", "1.0")
     lost.launch()
     other = Replica("other", url=lost.url)
     pool = pool_of(other, Replica("it", url=running))
