@@ -328,7 +328,7 @@ def _notes(recipe: Recipe, kinds: Collection[str]) -> Iterator[str]:
         yield f"vllm takes {share} of a GPU's memory (rollout.memory_fraction) for its weights and cache."
     folder = Path(recipe.output_dir) / recipe.name
     if folder.exists():
-        yield f"the run folder {folder} exists: resume goes on with it, train replaces it with --overwrite only."
+        yield f"the run folder {folder} exists: resume goes on with it, train --overwrite replaces it."
 
 
 def describe_source(source: DataSource) -> str:
