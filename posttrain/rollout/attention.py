@@ -12,16 +12,21 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 
+def attention_of(model: Any) -> str | None:
+    """Name of a model's attention implementation."""
+    # transformers offers a public setter (`set_attn_implementation`) and no public getter.
+    return model.config.get_text_config()._attn_implementation
+
+
 @contextmanager
 def decode_attention(model: Any) -> Iterator[None]:
     """Give `model` an attention that is cheaper for one new token per row, and its own back afterwards.
 
     For implementations that take the masks of "sdpa"; others (eager, flash attention) are left alone.
     """
-    # transformers offers a public setter (`set_attn_implementation`) and no public getter.
-    base = model.config.get_text_config()._attn_implementation
+    base = attention_of(model)
     masks = AttentionMaskInterface()
-    if masks.get(base) is not masks["sdpa"] or not model.is_backend_compatible():
+    if base is None or masks.get(base) is not masks["sdpa"] or not model.is_backend_compatible():
         yield
         return
     name = f"{base}_decode"

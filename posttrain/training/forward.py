@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from posttrain.errors import TrainingError
+from posttrain.rollout.attention import attention_of
 from posttrain.training.batch import MicroBatch, Packing, PaddedPacking, PaddingFreePacking, TrainRow
 from posttrain.training.logprobs import ChunkedHead, Scoring, output_head
-from posttrain.training.tree import TreePacking, attention_of, enable_tree, unsupported
+from posttrain.training.tree import TreePacking, enable_tree, unsupported
 
 logger = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from posttrain.rollout.attention import attention_of
 from posttrain.training.batch import MicroBatch, TrainRow, flat_batch
 
 ATTENTION = "posttrain_tree"
@@ -383,12 +384,6 @@ def _additive_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Te
 
 
 # --- models ------------------------------------------------------------------------------------------------
-
-
-def attention_of(model: Any) -> str | None:
-    """Name of a model's attention implementation."""
-    # transformers offers a public setter (`set_attn_implementation`) and no public getter.
-    return model.config.get_text_config()._attn_implementation
 
 
 def unsupported(model: Any) -> str | None:
