@@ -7,6 +7,7 @@ open twice in a process; `EngineContract` shares one engine, given by a module-s
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import math
@@ -101,7 +102,10 @@ def tensor_bytes() -> int:
     """Memory of all tensors that this process can reach."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {}
+    for tensor in tensors:
+        with contextlib.suppress(RuntimeError):  # left by torch.compile's tracing: it has no memory
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
 
 
