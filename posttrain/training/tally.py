@@ -27,12 +27,6 @@ class Tally:
         """Keep the larger value."""
         self.maxima[name] = max(self.maxima.get(name, value), value)
 
-    def add_means(self, prefix: str, values: Mapping[str, Iterable[float]]) -> None:
-        """Means of several lists of values."""
-        for name, items in values.items():
-            for item in items:
-                self.mean(prefix + name, item)
-
     @classmethod
     def merged(cls, tallies: Iterable[Tally]) -> Tally:
         """The tally of all ranks together."""
