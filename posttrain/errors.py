@@ -30,6 +30,12 @@ class RewardError(PosttrainError):
     """A reward cannot be found or loaded, or failed where the recipe says `on_error: fail`."""
 
 
+class RewardUnavailable(RewardError):
+    """What a reward depends on, such as a server, is away. Raised by a reward while it scores, it pauses the
+    run instead of failing the sample: the call is repeated until it is answered.
+    """
+
+
 class TrainingError(PosttrainError):
     """Training cannot go on: nothing to train, stale engine weights, non-finite loss."""
 
