@@ -1,0 +1,91 @@
+"""What the reproductions share: runs that are not repeated, claims, differences over seeds.
+
+A reproduction is a module beside this one with
+
+    SEEDS                      the seeds it takes unless told otherwise
+    measure(seeds, fast)       a dictionary for results/NAME.json with at least `arms` and `claims`
+
+`fast` asks for the smallest run that goes through all the code: its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.recipe.load import dump_recipe, load_recipe
+from posttrain.recipe.run import resume_run, run_recipe
+from posttrain.recipe.run_state import RunState
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = Path("runs")
+"""Where the runs are kept; those that are there are not repeated."""
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""0.975 quantiles of Student's t with 1, 2, … degrees of freedom."""
+
+
+def run(recipe: Path, name: str, overrides: Sequence[str] = ()) -> Path:
+    """The folder of a finished run of a recipe.
+
+    A run of this name with the same values that is finished is kept, one that is not is gone on with, and any
+    other is replaced.
+    """
+    loaded = load_recipe(recipe, [*overrides, f"name={name}", f"output_dir={RUNS}"])
+    folder = RUNS / name
+    written = folder / "recipe.yaml"
+    if not written.is_file() or written.read_text() != dump_recipe(loaded.recipe):
+        return run_recipe(loaded, overwrite=True)
+    if not RunState.read(folder).finished:
+        return resume_run(loaded, folder)
+    return folder
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """`summary.json` of a finished run."""
+    content: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return content
+
+
+def metric(folder: Path, stage: int, name: str) -> float:
+    """The value of a metric in a run's evaluation number `stage`, which may be negative."""
+    return float(summary(folder)["evaluations"][stage]["metrics"][name]["value"])
+
+
+def claim(
+    name: str,
+    goal: str,
+    values: Sequence[float],
+    holds: bool,
+    *,
+    interval: Sequence[float] | None = None,
+    why: str | None = None,
+) -> dict[str, Any]:
+    """A claim over seeds: the mean, and an interval that is the range over seeds unless it is given.
+
+    `why` is for a claim that does not hold.
+    """
+    low, high = interval or (min(values), max(values))
+    made = {
+        "name": name,
+        "goal": goal,
+        "measured": round(statistics.mean(values), 4),
+        "interval": [round(low, 4), round(high, 4)],
+        "interval_kind": "range over seeds" if interval is None else "95 %, Student's t over seeds",
+        "holds": holds,
+    }
+    return made if holds or why is None else {**made, "why": why}
+
+
+def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean difference ours - theirs over seeds (Student's t); unbounded for one seed."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean, count = statistics.mean(differences), len(differences)
+    if count < 2:
+        return float("-inf"), float("inf")
+    quantile = T_975[count - 2] if count - 2 < len(T_975) else 1.96
+    half = quantile * statistics.stdev(differences) / count**0.5
+    return mean - half, mean + half
