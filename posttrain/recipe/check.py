@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 from collections.abc import Collection, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,10 +16,20 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from posttrain.errors import PosttrainError, RecipeError
+from posttrain.recipe.data_schema import SOURCE_KINDS
 from posttrain.recipe.load import LoadedRecipe
 from posttrain.recipe.model_info import read_model_info
 from posttrain.recipe.nodes import Problem
-from posttrain.recipe.schema import DataSource, EvaluateStage, PolicyStage, Recipe, SftStage, StageSpec
+from posttrain.recipe.schema import (
+    ROW_WRITERS,
+    DataSource,
+    EvaluateStage,
+    PolicyStage,
+    Recipe,
+    RewardSpec,
+    SftStage,
+    StageSpec,
+)
 from posttrain.recipe.spelling import did_you_mean
 
 Finding = tuple[str, str]
@@ -49,6 +60,7 @@ def find_problems(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
     yield from _model(recipe, kinds)
     for key, source in data_sources(recipe, kinds):
         yield from _source(key, source)
+        yield from _written_rows(recipe, key, source)
     yield from _rewards(recipe)
     yield from _packages(recipe, kinds)
     for index, spec in enumerate(recipe.stages):
@@ -73,8 +85,9 @@ def data_sources(recipe: Recipe, kinds: Collection[str] = STAGE_KINDS) -> Iterat
         if name in shared and (source := getattr(recipe.data, name)) is not None:
             yield f"data.{name}", source
     for index, spec in stages:
-        if spec.config.data is not None:
-            yield f"stages[{index}].{spec.kind}.data", spec.config.data
+        for name in type(spec.config).model_fields:
+            if isinstance(source := getattr(spec.config, name), DataSource):
+                yield f"stages[{index}].{spec.kind}.{name}", source
 
 
 def is_local(path: str) -> bool:
@@ -168,18 +181,46 @@ def _jsonl_columns(path: Path, name: str) -> tuple[list[str], str | None]:
     return list(columns), None if rows else f"{name} has no rows."
 
 
+def _written_rows(recipe: Recipe, key: str, source: DataSource) -> Iterator[Finding]:
+    """A source that names a stage has to name an earlier one that writes rows."""
+    if source.stage is None:
+        return
+    user = re.match(r"stages\[(\d+)\]", key)
+    before = recipe.stages[: int(user[1])] if user else []
+    names = [spec.config.name for spec in before if spec.kind in ROW_WRITERS]
+    if source.stage not in names:
+        known = f"those before it are {', '.join(names)}" if names else "there is none before it"
+        text = f"no earlier stage {source.stage!r} writes rows; {known}."
+        yield f"{key}.stage", text + did_you_mean(source.stage, names)
+
+
 def _rewards(recipe: Recipe) -> Iterator[Finding]:
+    """The rewards of every stage that has some; those of the recipe if no stage has."""
+    users = [
+        (index, f"stages[{index}].{spec.kind}.rewards" if spec.config.rewards is not None else "rewards")
+        for index, spec in enumerate(recipe.stages)
+        if isinstance(spec.config, PolicyStage | EvaluateStage)
+    ]
+    for index, key in users or [(0, "rewards")]:
+        stage = recipe.stages[index].config
+        specs = recipe.rewards if key == "rewards" else recipe.rewards_of(stage)
+        yield from _reward_list(specs, key, {*recipe.reward_models, *recipe.trained_rewards(index)})
+
+
+def _reward_list(specs: list[RewardSpec], where: str, models: Collection[str]) -> Iterator[Finding]:
+    """`models` are the names of the reward models that there are when the list is used."""
     from posttrain.rewards.combine import Gate
     from posttrain.rewards.registry import locate
 
     names: set[str] = set()
-    for index, spec in enumerate(recipe.rewards):
-        key = f"rewards[{index}]"
+    for index, spec in enumerate(specs):
+        key = f"{where}[{index}]"
         if spec.name in names:
             yield f"{key}.name", f"{spec.name} is listed twice."
         names.add(spec.name)
         try:
-            locate(spec)
+            if spec.name not in models:
+                locate(spec)
         except PosttrainError as error:
             yield f"{key}.{'from' if spec.from_ else 'name'}", f"{error}."
         if spec.only_if is not None:
@@ -188,9 +229,9 @@ def _rewards(recipe: Recipe) -> Iterator[Finding]:
             except RecipeError as error:
                 yield f"{key}.only_if", f"{error}."
                 continue
-            known = [other.name for other in recipe.rewards]
+            known = [other.name for other in specs]
             if gate.reward not in known:
-                text = f"the recipe has no reward {gate.reward!r}; it has {', '.join(known)}."
+                text = f"there is no reward {gate.reward!r}; there are {', '.join(known)}."
                 yield f"{key}.only_if", text + did_you_mean(gate.reward, known)
 
 
@@ -234,10 +275,12 @@ def _sft(recipe: Recipe, stage: SftStage, key: str) -> Iterator[Finding]:
 def _policy(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[Finding]:
     if stage.data is None and recipe.data.train is None:
         yield key, "has no data: set data.train, or data in the stage."
-    if not recipe.rewards:
-        yield key, "has nothing to learn from: the recipe has no rewards."
-    elif not any(any(s.weight.values()) if isinstance(s.weight, dict) else s.weight for s in recipe.rewards):
-        yield "rewards", "every weight is 0, so there is nothing to learn from."
+    rewards = recipe.rewards_of(stage)
+    if not rewards:
+        yield key, "has nothing to learn from: there are no rewards."
+    elif not any(any(s.weight.values()) if isinstance(s.weight, dict) else s.weight for s in rewards):
+        where = "rewards" if stage.rewards is None else f"{key}.rewards"
+        yield where, "every weight is 0, so there is nothing to learn from."
     if stage.group_size == 1 and stage.loss.kind != "reinforce_pp":
         text = f"advantages of {stage.loss.kind} are relative to the group and need at least 2 completions"
         yield f"{key}.group_size", f"{text}; reinforce_pp takes 1."
@@ -304,12 +347,12 @@ def builtin_methods() -> list[str]:
 def _evaluate(recipe: Recipe, stage: EvaluateStage, key: str) -> Iterator[Finding]:
     if stage.data is None and recipe.data.eval is None:
         yield key, "has no data: set data.eval, or data in the stage."
-    if not recipe.rewards:
-        yield key, "cannot tell what is correct: the recipe has no rewards."
-    names = [spec.name for spec in recipe.rewards]
+    names = [spec.name for spec in recipe.rewards_of(stage)]
+    if not names:
+        yield key, "cannot tell what is correct: there are no rewards."
     wanted = stage.correct.reward
-    if recipe.rewards and wanted is not None and wanted not in names:
-        text = f"the recipe has no reward {wanted!r}; it has {', '.join(names)}."
+    if names and wanted is not None and wanted not in names:
+        text = f"there is no reward {wanted!r}; there are {', '.join(names)}."
         yield f"{key}.correct.reward", text + did_you_mean(wanted, names)
 
 
@@ -333,9 +376,7 @@ def _notes(recipe: Recipe, kinds: Collection[str]) -> Iterator[str]:
 
 def describe_source(source: DataSource) -> str:
     """`jsonl data/x.jsonl`, `task arithmetic (train)`, …"""
-    kind = next(
-        k for k in ("hub", "jsonl", "parquet", "task", "reasoning_gym") if getattr(source, k) is not None
-    )
+    kind = next(kind for kind in SOURCE_KINDS if getattr(source, kind) is not None)
     value: Any = getattr(source, kind)
     part = f" ({source.split})" if kind in ("hub", "task", "reasoning_gym") else ""
     return f"{kind} {value}{part}"

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+SOURCE_KINDS = ("hub", "jsonl", "parquet", "task", "reasoning_gym", "stage")
 TaskName = Literal["arithmetic", "largest", "counting", "reversing", "addition"]
 
 
@@ -27,7 +28,7 @@ class Columns(Section):
 
 
 class DataSource(Section):
-    """Where rows come from: exactly one of `hub`, `jsonl`, `parquet`, `task`, `reasoning_gym`."""
+    """Where rows come from: exactly one of `hub`, `jsonl`, `parquet`, `task`, `reasoning_gym`, `stage`."""
 
     hub: str | None = None
     """Dataset name on the hub, or a local folder in the hub's format."""
@@ -39,6 +40,8 @@ class DataSource(Section):
     """A procedural task of `posttrain.data.tasks`."""
     reasoning_gym: str | None = None
     """A dataset name of the reasoning-gym package, e.g. `chain_sum`."""
+    stage: str | None = None
+    """Name of an earlier stage of the recipe, one that writes rows."""
     subset: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"
@@ -68,14 +71,10 @@ class DataSource(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSource:
-        kinds = [
-            k for k in ("hub", "jsonl", "parquet", "task", "reasoning_gym") if getattr(self, k) is not None
-        ]
+        kinds = [kind for kind in SOURCE_KINDS if getattr(self, kind) is not None]
         if len(kinds) != 1:
             found = ", ".join(kinds) or "none"
-            raise ValueError(
-                f"exactly one of hub, jsonl, parquet, task, reasoning_gym is needed; found {found}"
-            )
+            raise ValueError(f"exactly one of {', '.join(SOURCE_KINDS)} is needed; found {found}")
         if kinds[0] in ("task", "reasoning_gym") and self.size is None:
             raise ValueError(f"a {kinds[0]} source needs size")
         if kinds[0] in ("task", "reasoning_gym") and self.split not in ("train", "validation", "test"):

@@ -71,8 +71,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         if where
     }
     # The short form of a reward, a name alone, sets the name.
-    names = [f"rewards[{index}]" for index in range(len(recipe.rewards))]
-    sources |= {f"{key}.name": sources[key] for key in names if f"{key}.name" not in sources}
+    lists = [("rewards", recipe.rewards)] + [
+        (f"stages[{index}].{spec.kind}.rewards", getattr(spec.config, "rewards", None) or [])
+        for index, spec in enumerate(recipe.stages)
+    ]
+    names = [f"{key}[{index}]" for key, rewards in lists for index in range(len(rewards))]
+    for key in names:
+        sources.setdefault(f"{key}.name", sources[key])
     return LoadedRecipe(recipe, Path(path), tuple(overrides), sources)
 
 

@@ -157,6 +157,9 @@ def _data_lines(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _reward_lines(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.rewards:
         yield "rewards", ", ".join(map(_reward_text, recipe.rewards))
+    for spec in recipe.stages:
+        if own := getattr(spec.config, "rewards", None):
+            yield f"rewards of {spec.config.name}", ", ".join(map(_reward_text, own))
 
 
 def _reward_text(spec: RewardSpec) -> str:

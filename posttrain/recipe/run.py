@@ -10,7 +10,7 @@ from posttrain.errors import RecipeError, Stopped
 from posttrain.recipe.check import require_runnable
 from posttrain.recipe.load import LoadedRecipe, dump_recipe
 from posttrain.recipe.run_state import FinishedStage, RunLock, RunState, make_folder
-from posttrain.recipe.schema import Recipe
+from posttrain.recipe.schema import Recipe, RewardSpec
 from posttrain.recipe.summary import closing_lines, summarise, versions
 from posttrain.report.html import write_report
 from posttrain.report.progress import Progress
@@ -76,10 +76,33 @@ def resume_run(loaded: LoadedRecipe, run_dir: Path) -> Path:
 
 
 def _load_rewards(recipe: Recipe) -> list[RewardInfo]:
-    """A reward that cannot be loaded must not be found out after an hour of another stage."""
+    """A reward that cannot be loaded must not be found out after an hour of another stage.
+
+    Those whose model a stage of the recipe has yet to train are left out.
+    """
     one_worker = recipe.reward_options.model_copy(update={"workers": 1})
-    with Scorer(recipe.rewards, one_worker) as scorer:
-        return list(scorer.infos.values())
+    trained = recipe.trained_rewards(len(recipe.stages))
+    infos: dict[str, RewardInfo] = {}
+    for specs in _distinct(recipe):
+        with Scorer([spec for spec in specs if spec.name not in trained], one_worker) as scorer:
+            infos |= scorer.infos
+    return list(infos.values())
+
+
+def _distinct(recipe: Recipe) -> list[list[RewardSpec]]:
+    """The rewards of all stages, in lists without a name twice; one list, unless stages differ in a name."""
+    stages = [spec.config for spec in recipe.stages if hasattr(spec.config, "rewards")]
+    lists: list[list[RewardSpec]] = []
+    for spec in [*recipe.rewards, *(spec for stage in stages for spec in stage.rewards or [])]:
+        plain = spec.model_copy(update={"weight": 1.0, "only_if": None, "clip": None})
+        if any(plain in own for own in lists):
+            continue
+        free = [own for own in lists if plain.name not in {other.name for other in own}]
+        if free:
+            free[0].append(plain)
+        else:
+            lists.append([plain])
+    return lists
 
 
 def _begin(recipe: Recipe, run_dir: Path, overwrite: bool) -> Path:
@@ -120,7 +143,7 @@ def _run_stages(
     rank, world = start_processes()
     model = recipe.model
     for index, spec in enumerate(recipe.stages):
-        name = f"{index + 1:02d}-{spec.config.name}"
+        name = recipe.stage_folder(index)
         if index < len(state.stages):
             progress.skipped(name)
         else:

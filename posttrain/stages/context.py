@@ -11,13 +11,23 @@ from typing import Any
 from peft import PeftModel
 from transformers import Trainer
 
-from posttrain.recipe.schema import ModelConfig, PolicyStage, Recipe, SftStage
+from posttrain.recipe.schema import (
+    DataSource,
+    ModelConfig,
+    PolicyStage,
+    Recipe,
+    RewardModelConfig,
+    SftStage,
+)
 from posttrain.rollout.weights import saved_weights
 from posttrain.training.checkpoint import Checkpointer
 from posttrain.training.manifest import STAGING, publish
 from posttrain.training.ranks import on_first_rank
 from posttrain.training.record import Clock, MetricsFile, remove_rollouts
 from posttrain.training.stop import StopSignals
+
+ROWS = "rows.parquet"
+"""In `data/STAGE`: the rows that a stage wrote for later ones."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,26 @@ class StageContext:
         path = self.run_dir / kind / self.name
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def data(self, source: DataSource | None) -> DataSource:
+        """A source of this stage; rows that an earlier stage wrote are the file they are in."""
+        assert source is not None  # the recipe's checks ask for it
+        if source.stage is None:
+            return source
+        index = [spec.config.name for spec in self.recipe.stages].index(source.stage)
+        rows = self.run_dir / "data" / self.recipe.stage_folder(index) / ROWS
+        return source.model_copy(update={"stage": None, "parquet": str(rows)})
+
+    @property
+    def reward_models(self) -> dict[str, RewardModelConfig]:
+        """The recipe's reward models and those that earlier stages have trained, by name."""
+        folders = [self.recipe.stage_folder(index) for index in range(len(self.recipe.stages))]
+        before = folders.index(self.name)
+        trained = {
+            name: RewardModelConfig(path=str(self.run_dir / "models" / folder))
+            for name, folder in self.recipe.trained_rewards(before).items()
+        }
+        return {**self.recipe.reward_models, **trained}
 
     @property
     def reward_cache(self) -> Path:

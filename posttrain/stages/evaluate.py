@@ -26,8 +26,8 @@ SEED = 0
 def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     """Run the stage: sample, score, estimate, write. The model is handed on as it is."""
     recipe = context.recipe
-    source = stage.data or recipe.data.eval
-    assert source is not None  # the recipe's checks ask for it
+    source = context.data(stage.data or recipe.data.eval)
+    rewards = recipe.rewards_of(stage)
     tokenizer = load_tokenizer(context.model)
     examples = load_examples(source)
     sampling = Sampling(
@@ -49,7 +49,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     ]
     engine = build_engine(recipe.rollout, context.model, tokenizer, seed=SEED)
     try:
-        with Scorer(recipe.rewards, recipe.reward_options, context.reward_cache) as scorer:
+        with Scorer(rewards, recipe.reward_options, context.reward_cache) as scorer:
             sampled = _answer(requests, engine, scorer, context, "sampling")
             greedy = None
             if "greedy" in stage.metrics:
@@ -64,7 +64,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     finally:
         engine.close()
 
-    reward = stage.correct.reward or recipe.rewards[0].name
+    reward = stage.correct.reward or rewards[0].name
     rollouts = sampled.rollouts + (greedy.rollouts if greedy else [])
     correct = [is_correct(rollout, reward, stage.correct.threshold) for rollout in rollouts]
     metrics = measure(stage, rollouts, correct)

@@ -32,8 +32,7 @@ VERIFY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.0
 def run(stage: PolicyStage, context: StageContext) -> StageResult:
     """Run the stage: build the parts, train, save the policy."""
     recipe = context.recipe
-    source = stage.data or recipe.data.train
-    assert source is not None  # the recipe's checks ask for it
+    source = context.data(stage.data or recipe.data.train)
     methods = [spec.kind(spec.config) for spec in load_methods(stage.methods)]
     tokenizer = load_tokenizer(context.model)
     examples = load_examples(source)
@@ -54,7 +53,7 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
         seed=recipe.seed,
     )
     try:
-        with Scorer(recipe.rewards, recipe.reward_options, context.reward_cache) as scorer:
+        with Scorer(recipe.rewards_of(stage), recipe.reward_options, context.reward_cache) as scorer:
             room = engine.max_model_len - recipe.rollout.max_tokens
             prompts = _fitting(examples, tokenizer, source.format, stage, room)
             ids_of = {example.id: ids for example, ids in prompts}

@@ -139,8 +139,7 @@ def _length(row: dict[str, Any], tokenizer: Any) -> int:
 
 def run(stage: SftStage, context: StageContext) -> StageResult:
     """Run the stage: load, train, save."""
-    source = stage.data or context.recipe.data.train
-    assert source is not None  # the recipe's checks ask for it
+    source = context.data(stage.data or context.recipe.data.train)
     tokenizer = load_tokenizer(context.model)
     set_seed(context.recipe.seed)
     model = load_policy(context.model)
