@@ -1,0 +1,78 @@
+"""The part of the recipe's schema about thinking traces: episodes, forced answers, filtering of own traces."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from posttrain.recipe.data_schema import DataSource, Section
+
+MARKERS = [
+    "Wait",
+    "But wait",
+    "Alternatively",
+    "Is there another way to think about this?",
+    "But let me double-check",
+    "But hold on",
+]
+STOP_CUE = (
+    "\n\nTime is up.\n\nGiven the time I have spent and the approaches I have tried, I should stop thinking and "
+    "write the final answer from what I have.\n</think>\n\n**Solution and answer**\n\n1. "
+)
+
+
+class EpisodeConfig(Section):
+    """Where a thinking trace is cut into episodes: before a step that starts with a marker."""
+
+    separator: str = Field(default="\n\n", min_length=1)
+    """What ends a step: a blank line makes paragraphs, a line break or `;` makes tagged steps."""
+    markers: list[str] = Field(default=MARKERS, min_length=1)
+    """Beginnings of a step that opens an episode, case-sensitive. The default is how the R1 models write
+    (Qu et al., 2025); another model needs its own. An empty marker matches every step."""
+    min_gap: int = Field(default=3, ge=1)
+    """Steps an episode has at least; a marker that comes earlier does not cut."""
+    max_cuts: int | None = Field(default=None, ge=0)
+    """Cuts of a trace; what follows the last is one episode. None does not limit them."""
+    group_size: int = Field(default=1, ge=1)
+    """Consecutive episodes that are merged into one."""
+
+
+class ProbeConfig(Section):
+    """Forced answers: the policy is made to stop thinking at the end of an episode and to answer."""
+
+    episodes: EpisodeConfig = EpisodeConfig()
+    """How traces are cut."""
+    branches: int = Field(default=4, ge=1)
+    """Forced answers at one cut. 4 as in MRT-online; the estimate then has a variance of at most 1/16."""
+    cue: str = Field(default=STOP_CUE, min_length=1)
+    """Text put after the cut that ends the thinking, the closing tag included. Never trained on."""
+    open: str = "<think>"
+    """Beginning of the thinking; not looked for when empty, or where the prompt ends with it."""
+    close: str = Field(default="</think>", min_length=1)
+    """End of the thinking."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Cap on a forced answer; shorter than the 4,096 of the paper's analysis, since probes are many."""
+
+
+class StarStage(Section):
+    """Sample traces, keep good ones, and write them as demonstrations for a later `sft` stage."""
+
+    name: str = "star"
+    """Name of the stage in the run folder; a later stage reads the rows with `data: {stage: NAME}`."""
+    data: DataSource | None = None
+    """None is `data.train`."""
+    samples: int = Field(default=1, ge=1)
+    """Traces of one prompt."""
+    selection: Literal["correct", "best_prefix", "best_trace"] = "best_prefix"
+    """`correct` keeps every trace with a right answer (STaR). `best_prefix` cuts each at the episode after
+    which a forced answer is most often right and keeps it with a right forced answer; `best_trace` keeps the
+    prompt's correct trace with the most progress (both MRT-STaR)."""
+    threshold: float = 1.0
+    """A trace or answer is right when its reward is at least this."""
+    allow_empty_thinking: bool = False
+    """With `best_prefix`, keep answers without any thinking where they are always right."""
+    limit: int | None = Field(default=None, ge=1)
+    """Rows that are written at most; for comparisons at an equal number of demonstrations."""
+    probes: ProbeConfig = ProbeConfig()
+    """How traces are cut and forced answers are asked for."""
