@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from posttrain.rewards.combine import Combination
 from posttrain.rewards.pool import WorkerPool
 from posttrain.rewards.registry import RewardInfo, is_builtin, locate
 from posttrain.rewards.worker import Job
-from posttrain.rollout.types import Rollout
+from posttrain.rollout.types import Completion, Rollout
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -161,7 +161,7 @@ class Scorer:
 
     def _run(self, rollouts: Sequence[Rollout], step: int | None, tally: _Tally) -> None:
         """Have every reward score every rollout."""
-        samples: list[Sample] = [(rollout.completion, rollout.request.example) for rollout in rollouts]
+        samples: list[Sample] = [(_whole(rollout), rollout.request.example) for rollout in rollouts]
         for name, function in self._local.items():
             for index, sample in enumerate(samples):
                 start = time.perf_counter()
@@ -250,6 +250,12 @@ class _Tally:
         for unit in units:
             for index, outcome in zip(unit, outcomes, strict=True):
                 self.outcomes[name][index] = outcome
+
+
+def _whole(rollout: Rollout) -> Completion:
+    """The completion as a reward sees it: with the beginning that the prompt gave."""
+    given, completion = rollout.request.given, rollout.completion
+    return replace(completion, text=given + completion.text) if given else completion
 
 
 def _as_it_is(sample: Sample) -> Sample:

@@ -65,7 +65,8 @@ class RolloutRequest:
     """A tokenised prompt to be completed `sampling.n` times.
 
     `group` is the key over which advantages are normalised; `role` says what the completions are for
-    ("solution" unless a method asks for something else).
+    ("solution" unless a method asks for something else). `given` is the text of the answer's beginning where
+    the prompt ends with one, as when a rollout is continued: rewards read it before the completion.
     """
 
     prompt_ids: tuple[int, ...]
@@ -73,6 +74,7 @@ class RolloutRequest:
     group: str
     sampling: Sampling
     role: str = "solution"
+    given: str = ""
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,11 @@ def rollout_metrics(tally: Tally, collected: Collected, rows: Sequence[TrainRow]
     solutions = [rollout for rollout in scored if rollout.request.role == SOLUTION]
     for rollout in rollouts:
         length = len(rollout.completion.token_ids)
-        tally.mean("completions/mean_length", length)
-        tally.maximum("completions/max_length", length)
-        tally.mean("completions/truncated", rollout.truncated)
         tally.total("tokens/sampled", length)
+        if rollout.request.role == SOLUTION:  # a forced answer is short, and cut on purpose
+            tally.mean("completions/mean_length", length)
+            tally.maximum("completions/max_length", length)
+            tally.mean("completions/truncated", rollout.truncated)
     redrawn = sum("/drawn-" in name for name in collected.reasons)
     tally.mean("rewards/unscored", (len(rollouts) - len(scored) + redrawn) / max(len(rollouts) + redrawn, 1),
                len(rollouts) + redrawn)  # fmt: skip

@@ -142,7 +142,7 @@ def rollout_rows(
             "role": request.role,
             "index": rollout.index,
             "seed": request.sampling.seed,
-            "prompt": prompt_text[request.example.id],
+            "prompt": prompt_text[request.example.id] + request.given,
             "completion": completion.text,
             "answer": request.example.answer,
             "prompt_ids": list(request.prompt_ids),
