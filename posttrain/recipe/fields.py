@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -38,13 +39,25 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in get_args(annotation) if (found := section_of(part))), None)
 
 
+def container_of(annotation: Any) -> Any:
+    """The list or mapping in an annotation such as `list[X]` or `dict[str, X] | None`; None without one."""
+    if get_origin(annotation) in (list, dict):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType):
+        return next((found for part in get_args(annotation) if (found := container_of(part))), None)
+    return None
+
+
 def annotation_at(path: Path) -> Any:
     """The annotation of the field that a path ends in; None where the schema has no such field."""
     section: type[BaseModel] | None = Recipe
     annotation: Any = Recipe
     for part in path:
+        many = container_of(annotation)
         if isinstance(part, int):
-            annotation = next(iter(get_args(annotation)), None) if get_origin(annotation) is list else None
+            annotation = get_args(many)[0] if get_origin(many) is list else None
+        elif get_origin(many) is dict:
+            annotation = get_args(many)[1]
         else:
             annotation = fields_of(section).get(part) if section is not None else None
         section = section_of(annotation)
@@ -95,8 +108,9 @@ def _nested(section: type[BaseModel]) -> Iterator[tuple[str, ...]]:
                 if names:
                     yield (*names, field)
                 if (child := section_of(annotation)) is not None:
-                    many = get_origin(annotation) is list
-                    below.append(((*names, f"{field}[]" if many else field), child))
+                    many = get_origin(container_of(annotation))
+                    mark = "[]" if many is list else ".NAME" if many is dict else ""
+                    below.append(((*names, f"{field}{mark}"), child))
         level = below
 
 
