@@ -83,11 +83,14 @@ def check_requests(requests: Sequence[RolloutRequest], max_model_len: int) -> No
             )
 
 
-def fork_requests(rollout: Rollout, cuts: Sequence[int], n: int, sampling: Sampling) -> list[RolloutRequest]:
+def fork_requests(
+    rollout: Rollout, cuts: Sequence[int], n: int, sampling: Sampling, suffix: tuple[int, ...] = ()
+) -> list[RolloutRequest]:
     """The requests whose completions continue a rollout: `RolloutEngine.fork` is `generate` of these.
 
-    Prompt and kept tokens become the prompt. A cut's seed derives from the sampling's, the rollout's id and
-    the cut, so that the continuations of different cuts and of different rollouts are independent.
+    Prompt, kept tokens and `suffix` become the prompt. A cut's seed derives from the sampling's, the
+    rollout's id and the cut, so that the continuations of different cuts and of different rollouts are
+    independent.
 
     Raises:
         RolloutError: a cut outside the completion.
@@ -99,7 +102,7 @@ def fork_requests(rollout: Rollout, cuts: Sequence[int], n: int, sampling: Sampl
     return [
         replace(
             request,
-            prompt_ids=request.prompt_ids + tokens[:cut],
+            prompt_ids=request.prompt_ids + tokens[:cut] + suffix,
             sampling=replace(sampling, n=n, seed=derive_seed(sampling.seed, rollout.id, cut)),
         )
         for cut in cuts

@@ -1,14 +1,14 @@
 """The embedded engine: samples from a live transformers model, in training the trainer's own.
 
 Then there is nothing to copy at a sync, and the log-probs are the trainer's up to rounding. A call is cut
-into waves of `batch_size` rows. A wave prefills its prompts, but no prompt that another one begins with,
-copies the cache for the completions, and decodes token by token; a row leaves the batch at the step it
-finishes.
+into waves of `batch_size` rows. A wave prefills its prompts, but a long common beginning of several once
+(`prefixes.py`), copies the cache for the completions, and decodes token by token; a row leaves the batch at
+the step it finishes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from posttrain.errors import RolloutError
 from posttrain.rollout.attention import decode_attention
 from posttrain.rollout.cache import can_fork, decoding_cache
 from posttrain.rollout.engine import check_requests, fork_requests
+from posttrain.rollout.prefixes import Host, Prompt, find_hosts, tail_length
 from posttrain.rollout.sampling import RowSampler
 from posttrain.rollout.tokens import (
     decode_texts,
@@ -32,8 +33,6 @@ from posttrain.rollout.tokens import (
 )
 from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling
 from posttrain.rollout.weights import named_weights
-
-Prompt = tuple[int, ...]
 
 _ROOM = 64  # columns by which an attention mask grows
 
@@ -72,7 +71,7 @@ class TransformersEngine:
         if self._model is None:
             raise RolloutError("the rollout engine is closed")
         check_requests(requests, self.max_model_len)
-        hosts = _hosts({request.prompt_ids for request in requests})
+        hosts = find_hosts({request.prompt_ids for request in requests})
         rows = [_Row(r, i) for r, request in enumerate(requests) for i in range(request.sampling.n)]
         # Rows of like length share a wave, so that little of it is padding, and so do those of one host.
         rows.sort(key=lambda row: _place(requests[row.request], hosts))
@@ -109,7 +108,7 @@ class TransformersEngine:
         self._model = None
 
     def _decode(
-        self, requests: Sequence[RolloutRequest], wave: Sequence[_Row], hosts: Mapping[Prompt, Prompt]
+        self, requests: Sequence[RolloutRequest], wave: Sequence[_Row], hosts: Mapping[Prompt, Host]
     ) -> list[Completion]:
         """Complete the rows of one wave."""
         asked = [requests[row.request] for row in wave]
@@ -130,7 +129,7 @@ class TransformersEngine:
                 active, tokens = active[rows], tokens[rows]
                 sampler.select(rows, kept)
                 batch.select(rows)
-            logits = batch.decode(tokens)
+            logits = batch.decode(tokens[:, None])
         return outcome.completions(logprobs.cpu().numpy())
 
 
@@ -160,10 +159,11 @@ class _Batch:
         return self._forward(input_ids.to(self._model.device), positions.clamp_(min=0))
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append one token (B,) to every row; logits (B, V) of the next."""
-        self._width += 1
-        logits = self._forward(tokens[:, None], self._positions)
-        self._positions = self._positions + 1
+        """Append tokens (B, T) to the rows; logits (B, V) of the next."""
+        count = tokens.shape[1]
+        self._width += count
+        logits = self._forward(tokens, self._positions + torch.arange(count, device=tokens.device))
+        self._positions = self._positions + count
         return logits
 
     def select(self, rows: torch.Tensor) -> None:
@@ -206,41 +206,31 @@ class _Batch:
         return output.logits[:, -1]
 
 
-def _hosts(prompts: Collection[Prompt]) -> dict[Prompt, Prompt]:
-    """For each prompt the longest one that begins with it: where its keys and values can be copied from.
-
-    In lexicographic order a prompt is followed by those that it begins, if there are any.
-    """
-    hosts: dict[Prompt, Prompt] = {}
-    host: Prompt = ()
-    for prompt in sorted(prompts, reverse=True):
-        if host[: len(prompt)] != prompt:
-            host = prompt
-        hosts[prompt] = host
-    return hosts
-
-
-def _place(request: RolloutRequest, hosts: Mapping[Prompt, Prompt]) -> tuple[int, int, Prompt]:
-    host = hosts[request.prompt_ids]
+def _place(request: RolloutRequest, hosts: Mapping[Prompt, Host]) -> tuple[int, int, Prompt]:
+    host = hosts[request.prompt_ids].prompt
     return len(host), request.sampling.max_tokens, host
 
 
 def _prefill(
-    model: Any, prompts: Sequence[Prompt], hosts: Mapping[Prompt, Prompt]
+    model: Any, prompts: Sequence[Prompt], hosts: Mapping[Prompt, Host]
 ) -> tuple[_Batch, torch.Tensor]:
     """Run the prompts; the batch with one row for each, and the logits (B, V) of the tokens that follow.
 
-    Of equal prompts, and of prompts that one of them begins with, only the longest is run.
+    Of equal prompts only one is run, and of those that go with a host only their ends.
     """
     cache = decoding_cache(model.config)
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    needed = dict.fromkeys(hosts[prompt] for prompt in distinct) if can_fork(cache) else distinct
+    tail = tail_length([(prompt, hosts[prompt]) for prompt in distinct])
+    shared = can_fork(cache) and min(map(len, distinct)) > tail
+    needed = dict.fromkeys(hosts[prompt].prompt for prompt in distinct) if shared else distinct
     batch = _Batch(model, cache, [len(prompt) for prompt in needed])
     logits = batch.prefill(list(needed))
     if len(needed) < len(distinct):
         place = {host: row for row, host in enumerate(needed)}
-        batch.fork([place[hosts[prompt]] for prompt in distinct], [len(prompt) - 1 for prompt in distinct])
-        logits = batch.decode(torch.tensor([prompt[-1] for prompt in distinct], device=model.device))
+        batch.fork(
+            [place[hosts[prompt].prompt] for prompt in distinct], [len(prompt) - tail for prompt in distinct]
+        )
+        logits = batch.decode(torch.tensor([prompt[-tail:] for prompt in distinct], device=model.device))
     rows = torch.tensor([distinct[prompt] for prompt in prompts], device=model.device)
     batch.select(rows)
     return batch, logits[rows]
