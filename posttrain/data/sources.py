@@ -46,13 +46,24 @@ def load_examples(source: DataSource) -> list[Example]:
     Raises:
         DataError: a source that cannot be read or is empty, a missing column, or a row that cannot be used.
     """
-    examples = _with_ids([_to_example(row, source) for row in READERS[_kind_of(source)](source)])
-    if not examples:
+    return [example for _, example in load_located(source)]
+
+
+def load_located(source: DataSource) -> list[tuple[str, Example]]:
+    """As `load_examples`, every example with the place it comes from, for messages.
+
+    Raises:
+        DataError: as `load_examples`.
+    """
+    rows = list(READERS[_kind_of(source)](source))
+    if not rows:
         raise DataError(f"{_describe(source)} has no rows")
+    examples = _with_ids([_to_example(row, source) for row in rows])
+    located = [(where, example) for (where, _), example in zip(rows, examples, strict=True)]
     if source.shuffle:
         generator = np.random.Generator(np.random.PCG64(derive_seed("shuffle", source.seed)))
-        examples = [examples[index] for index in generator.permutation(len(examples))]
-    return examples[: source.limit]
+        located = [located[index] for index in generator.permutation(len(located))]
+    return located[: source.limit]
 
 
 def _kind_of(source: DataSource) -> str:
@@ -248,13 +259,13 @@ def _to_example(row: Row, source: DataSource) -> Example:
         if column is not None and column not in values:
             hint = f"set columns.{key}" + (", null if there is none" if key == "answer" else "")
             raise DataError(f"{where}: no column {column!r} ({hint}); {_known(column, values, 'columns')}")
-    prompt = _text_or_messages(values[columns.prompt], where, "prompt")
+    prompt = text_or_messages(values[columns.prompt], where, "prompt")
     answer = None if columns.answer is None else _answer_text(values[columns.answer], where)
     others = {name: value for name, value in values.items() if name not in ("prompt", "answer")}
     if columns.completion is not None:
         others["completion"] = values[columns.completion]
     if "completion" in others:
-        others["completion"] = _text_or_messages(others["completion"], where, "completion")
+        others["completion"] = text_or_messages(others["completion"], where, "completion")
     return Example(id="", prompt=_dress(prompt, source, where), answer=answer, columns=others)
 
 
@@ -274,7 +285,7 @@ def _dress(prompt: Prompt, source: DataSource, where: str) -> Prompt:
     return [Message(role="system", content=source.system), *messages]
 
 
-def _text_or_messages(value: object, where: str, key: str) -> Prompt:
+def text_or_messages(value: object, where: str, key: str) -> Prompt:
     """Check a prompt or demonstration. Message keys without a value, which tables fill in, are left out."""
     if isinstance(value, str):
         if not value.strip():

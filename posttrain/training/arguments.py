@@ -7,12 +7,33 @@ from typing import Any
 
 import torch
 
+from posttrain.errors import RecipeError
 from posttrain.recipe.schema import OptimizerConfig
 
 
 def world_size() -> int:
     """Number of training processes, as the launcher set it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def batch_arguments(batch_size: int, micro_batch_size: int | None, stage: str) -> dict[str, int]:
+    """Keyword arguments for a batch of `batch_size` rows over all devices, in micro-batches on each.
+
+    Raises:
+        RecipeError: it does not divide; the message names the kind of stage.
+    """
+    share, rest = divmod(batch_size, world_size())
+    micro = micro_batch_size or share
+    if rest or share % (micro or 1):
+        raise RecipeError(
+            f"{stage}.batch_size {batch_size} does not divide into {world_size()} devices "
+            f"with micro-batches of {micro}"
+        )
+    return {
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": share // micro,
+    }
 
 
 def optimizer_arguments(optimizer: OptimizerConfig, *, dtype: torch.dtype) -> dict[str, Any]:
