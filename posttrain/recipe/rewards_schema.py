@@ -63,6 +63,9 @@ class RewardOptions(Section):
     """A sample without a score is sampled again, left out, or ends the run. Never a zero."""
     max_redraws: int = Field(default=2, ge=0)
     """Rounds of redrawing before a sample is left out."""
+    max_outage: float = Field(default=3600.0, ge=0.0)
+    """Seconds that the run pauses for a server that a reward asks and that is away, before it ends with an
+    error. 0 does not wait: the samples are left without a score, as after any other error."""
     workers: int = Field(default=2, ge=1)
     """Processes that run reward functions."""
     memory_gib: float | None = Field(default=8.0, gt=0.0)

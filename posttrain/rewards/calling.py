@@ -12,14 +12,17 @@ import importlib.util
 import inspect
 import math
 import sys
+import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from posttrain.errors import PosttrainError, RecipeError, RewardError
+from posttrain.errors import PosttrainError, RecipeError, RewardError, RewardUnavailable
+from posttrain.rewards.counts import counting
 from posttrain.rewards.registry import (
     BUILTIN_MODULE,
     Registered,
@@ -32,9 +35,10 @@ from posttrain.rollout.types import Completion, Example
 
 Sample = tuple[Completion, Example]
 Style = Literal["completion", "batch", "trl"]
-ErrorKind = Literal["exception", "timeout", "died", "value", "count"]
+ErrorKind = Literal["exception", "timeout", "died", "value", "count", "unavailable"]
 """Why a sample has no score: the reward raised, took too long, ended its process, gave a value that is not a
-finite number in its range, or gave another number of values than there are completions."""
+finite number in its range, gave another number of values than there are completions, or said that what it
+depends on is away."""
 
 MAX_MESSAGE = 300
 
@@ -45,6 +49,21 @@ class Outcome(NamedTuple):
     value: float | None = None
     error: ErrorKind | None = None
     message: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one call of a reward gave: an outcome for each sample, the seconds it took, what it counted."""
+
+    outcomes: list[Outcome]
+    seconds: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def unavailable(self) -> str:
+        """Why the call may be answered later; empty if it has been answered, or has failed."""
+        outcome = self.outcomes[0]
+        return outcome.message if outcome.error == "unavailable" else ""
 
 
 class BoundReward:
@@ -64,27 +83,32 @@ class BoundReward:
             getattr(function, "__call__", None)  # noqa: B004 - async instances have an async __call__
         )
 
-    def __call__(self, samples: Sequence[Sample], step: int | None) -> list[Outcome]:
+    def __call__(self, samples: Sequence[Sample], step: int | None) -> Result:
         """Score samples: exactly one for the style `completion`, a batch for the others. Never raises."""
-        try:
-            return self._outcomes(self._invoke(samples, step), len(samples))
-        except (Exception, SystemExit) as error:
-            return [Outcome(None, "exception", describe(error))] * len(samples)
+        start = time.perf_counter()
+        with counting() as counts:
+            try:
+                outcomes = self._outcomes(self._invoke(samples, step), len(samples))
+            except (Exception, SystemExit) as error:
+                outcomes = [_failure(error)] * len(samples)
+        return Result(outcomes, time.perf_counter() - start, counts)
 
-    async def call_async(self, samples: Sequence[Sample], step: int | None) -> list[Outcome]:
+    async def call_async(self, samples: Sequence[Sample], step: int | None) -> Result:
         """The same for an async reward, which gets its time-out here as long as it does not block."""
         import asyncio  # slow to import, and `posttrain plan` gets here
 
+        start = time.perf_counter()
         budget = self.info.timeout * len(samples)
         limit = asyncio.timeout(budget)
-        try:
-            async with limit:
-                result = await self._invoke(samples, step)
-            return self._outcomes(result, len(samples))
-        except (Exception, SystemExit) as error:
-            if limit.expired():
-                return [timeout_outcome(budget)] * len(samples)
-            return [Outcome(None, "exception", describe(error))] * len(samples)
+        with counting() as counts:
+            try:
+                async with limit:
+                    result = await self._invoke(samples, step)
+                outcomes = self._outcomes(result, len(samples))
+            except (Exception, SystemExit) as error:
+                late = limit.expired()
+                outcomes = [timeout_outcome(budget) if late else _failure(error)] * len(samples)
+        return Result(outcomes, time.perf_counter() - start, counts)
 
     def _invoke(self, samples: Sequence[Sample], step: int | None) -> Any:
         completions = [completion for completion, _ in samples]
@@ -152,11 +176,22 @@ def timeout_outcome(seconds: float) -> Outcome:
     return Outcome(None, "timeout", f"took longer than {seconds:g} s")
 
 
+def _failure(error: BaseException) -> Outcome:
+    """The outcome of a sample whose reward raised."""
+    if isinstance(error, RewardUnavailable):
+        return Outcome(None, "unavailable", _one_line(str(error)))
+    return Outcome(None, "exception", describe(error))
+
+
 def describe(error: BaseException) -> str:
     """An exception in one line with the place it comes from, whatever its `__str__` does."""
-    text = " ".join("".join(traceback.format_exception_only(error)).split())[:MAX_MESSAGE]
+    text = _one_line("".join(traceback.format_exception_only(error)))
     frames = traceback.extract_tb(error.__traceback__)
     return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:MAX_MESSAGE]
 
 
 # --- calling conventions ----------------------------------------------------------------------------------

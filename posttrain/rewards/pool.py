@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from posttrain.errors import PosttrainError, RewardError
-from posttrain.rewards.calling import Outcome, timeout_outcome
+from posttrain.rewards.calling import Outcome, Result, timeout_outcome
 from posttrain.rewards.registry import RewardSource
 from posttrain.rewards.worker import (
     FLUSH_SECONDS,
@@ -32,6 +32,7 @@ from posttrain.rewards.worker import (
     Loaded,
     Ready,
     Reply,
+    concurrency,
 )
 
 ASYNC_GRACE = 0.5
@@ -47,8 +48,11 @@ _BOOT = (
     "from posttrain.rewards.worker import main; main(*map(int, sys.argv[2:]))"
 )
 
-Deliver = Callable[[int, int, list[Outcome], float], None]
-"""Takes a reward's number, the id of a unit, the unit's outcomes and the seconds they took."""
+CHECK_SECONDS = 0.25
+"""How often a caller's `check` is called at least."""
+
+Deliver = Callable[[int, int, Result], None]
+"""Takes a reward's number, the id of a unit, and what the unit gave."""
 
 
 class _Worker:
@@ -101,7 +105,7 @@ class _Worker:
         self.pending.remove(unit)
         if not self.pending:
             self.job = None
-        elif not self.concurrent(self.job):
+        else:
             self._set_deadline(self.job)
 
     def concurrent(self, job: Job) -> bool:
@@ -110,10 +114,16 @@ class _Worker:
     def budget(self, job: Job) -> float:
         return job.budget(self.rewards[job.reward].info)
 
-    def running(self) -> int:
-        """The unit that was running when the process ended."""
+    def suspects(self, job: Job, known: bool) -> list[int]:
+        """The units one of which was the end of the process; `known`: it was still doing its job then."""
+        if self.concurrent(job):  # units start in order, so later ones have not been started
+            finished = len(job.units) - len(self.pending)
+            started = finished + concurrency(self.rewards[job.reward].info)
+            return [unit for unit in self.pending if unit < started]
+        if not known:
+            return self.pending
         unit = int.from_bytes(self._progress[:], sys.byteorder)
-        return unit if unit in self.pending else self.pending[0]
+        return [unit if unit in self.pending else self.pending[0]]
 
     def _set_deadline(self, job: Job) -> None:
         grace = ASYNC_GRACE if self.concurrent(job) else FLUSH_SECONDS
@@ -145,7 +155,10 @@ class WorkerPool:
 
     Only the unit that was running then is an error, the others of its job go on in another process. Where it
     is not known which one that was, because async units run at once or because the process has lost its
-    socket and went on, those that are left run one by one.
+    socket and went on, those it may have been run one by one.
+
+    The jobs of an async reward always go to the same process, one at a time: its connections, its limits and
+    what it knows about a server are in one place.
     """
 
     def __init__(self, sources: Sequence[RewardSource], size: int, memory_gib: float | None = None):
@@ -174,15 +187,19 @@ class WorkerPool:
         """One for each source."""
         return self._rewards
 
-    def run(self, jobs: Sequence[Job], deliver: Deliver) -> None:
-        """Run jobs, and deliver every unit's outcomes exactly once, in any order.
+    def run(self, jobs: Sequence[Job], deliver: Deliver, check: Callable[[], None] = lambda: None) -> None:
+        """Run jobs, and deliver every unit's result exactly once, in any order.
+
+        `check` is called every CHECK_SECONDS or more often, and may raise to end it all.
 
         Raises:
             RewardError: a new worker could not load the rewards.
         """
-        self._queue.extend(jobs)
+        # Async jobs first: there is one worker for each of them, the others may have any other job.
+        self._queue.extend(sorted(jobs, key=lambda job: not self._rewards[job.reward].concurrent))
         try:
             while self._queue or any(worker.job for worker in self._workers):
+                check()
                 self._hand_out()
                 self._wait(deliver)
         except BaseException:
@@ -213,20 +230,20 @@ class WorkerPool:
                 del self._queue[place]
 
     def _may_start(self, worker: _Worker, job: Job) -> bool:
-        """Whether the reward's concurrency allows another job's calls."""
-        limit = self._rewards[job.reward].info.concurrency
-        if limit is None:
-            return True
-        running = [w.pending for w in self._workers if w.job is not None and w.job.reward == job.reward]
-        if worker.concurrent(job):
-            return sum(map(len, running)) + len(job.units) <= limit
-        return len(running) < limit
+        """Whether this is the worker for a job, and the reward's concurrency allows another job."""
+        info, concurrent, _ = self._rewards[job.reward]
+        if concurrent:
+            asynchronous = [number for number, loaded in enumerate(self._rewards) if loaded.concurrent]
+            home = asynchronous.index(job.reward) % len(self._workers)
+            return worker is self._workers[home]
+        running = sum(w.job is not None and w.job.reward == job.reward for w in self._workers)
+        return info.concurrency is None or running < info.concurrency
 
     def _wait(self, deliver: Deliver) -> None:
         """Read what the workers have to say, or act when the first of them is late."""
         busy = [worker for worker in self._workers if worker.loading or worker.job is not None]
         patience = min(worker.deadline for worker in busy) - time.monotonic()
-        ready = wait([worker.connection for worker in busy], max(patience, 0.0))
+        ready = wait([worker.connection for worker in busy], min(max(patience, 0.0), CHECK_SECONDS))
         for worker in busy:
             if worker.connection in ready:
                 self._receive(worker, deliver)
@@ -249,12 +266,12 @@ class WorkerPool:
         assert worker.job is not None
         job = worker.job
         for done in reply:
-            deliver(job.reward, job.ids[done.unit], done.outcomes, done.seconds)
+            deliver(job.reward, job.ids[done.unit], done.result)
             worker.finish(done.unit)
 
     def _fail(self, worker: _Worker, deliver: Deliver, late: bool) -> None:
         """Replace a worker that hangs or has died, and settle its job."""
-        job, pending = worker.job, worker.pending
+        job = worker.job
         known = late or worker.died_running()
         code = self._replace(worker)
         if job is None:  # it was loading; a signal may be the system's, short of memory
@@ -264,8 +281,12 @@ class WorkerPool:
             names = ", ".join(source.name for source in self._sources)
             cause = f"took longer than {LOAD_SECONDS:g} s" if late else f"ended the process ({_reason(code)})"
             raise RewardError(f"loading the rewards {names} {cause}")
-        if len(pending) > 1 and (worker.concurrent(job) or not known):
-            self._queue.extendleft(job.part([unit]) for unit in pending)
+        suspects = worker.suspects(job, known)
+        rest = [unit for unit in worker.pending if unit not in suspects]
+        if rest:
+            self._queue.appendleft(job.part(rest))
+        if len(suspects) > 1:
+            self._queue.extendleft(job.part([unit]) for unit in suspects)
             return
         if late:
             seconds = worker.budget(job)
@@ -273,11 +294,8 @@ class WorkerPool:
         else:
             seconds = 0.0
             outcome = Outcome(None, "died", f"ended the process ({_reason(code)})")
-        culprit = worker.running()
-        deliver(job.reward, job.ids[culprit], [outcome] * len(job.units[culprit]), seconds)
-        rest = [unit for unit in pending if unit != culprit]
-        if rest:
-            self._queue.appendleft(job.part(rest))
+        (culprit,) = suspects
+        deliver(job.reward, job.ids[culprit], Result([outcome] * len(job.units[culprit]), seconds))
 
     def _check_unchanged(self, rewards: list[Loaded]) -> None:
         """Refuse code that was edited since the first process loaded it: values would not be comparable."""
@@ -299,5 +317,5 @@ def _reason(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
 
 
-def _ignore(reward: int, unit: int, outcomes: list[Outcome], seconds: float) -> None:
-    """Takes no outcomes: there are none while the workers load."""
+def _ignore(reward: int, unit: int, result: Result) -> None:
+    """Takes no results: there are none while the workers load."""

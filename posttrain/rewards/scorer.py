@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING
 from posttrain.errors import RecipeError
 from posttrain.rewards.builtin import CANONICAL_INPUTS, runs_in_process
 from posttrain.rewards.cache import CacheKeys, RewardCache
-from posttrain.rewards.calling import Outcome, Sample, load_reward, without_logprobs
+from posttrain.rewards.calling import Outcome, Result, Sample, load_reward, without_logprobs
 from posttrain.rewards.combine import Combination
+from posttrain.rewards.outage import Pause
 from posttrain.rewards.pool import WorkerPool
 from posttrain.rewards.registry import RewardInfo, is_builtin, locate
 from posttrain.rewards.worker import Job
@@ -47,6 +47,10 @@ class RewardStats:
     """Seconds of the longest call."""
     cached: int = 0
     """Samples whose value was known from an earlier step or an earlier attempt at the run."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """What the reward counted itself (`posttrain.rewards.counts`)."""
+    paused_seconds: float = 0.0
+    """Seconds for which what the reward depends on was waited for."""
     error_lines: list[str] = field(default_factory=list)
     """The first errors in order of the rollouts, each with reward, version and example."""
 
@@ -77,6 +81,10 @@ class Scorer:
     Function rewards run in `options.workers` processes that are killed when a sample takes too long; only
     built-ins that cannot hang run in this process. The values do not depend on the number of workers. What
     is done about rollouts without a score is the caller's decision. Calls from several threads take turns.
+
+    A reward that raises RewardUnavailable is waited for: its calls without an answer are repeated until they
+    have one, for at most `options.max_outage` seconds; all other results are kept. With `max_outage` 0 its
+    samples have failed.
     """
 
     def __init__(
@@ -85,6 +93,8 @@ class Scorer:
         options: RewardOptions,
         cache: Path | None = None,
         share: bool = True,
+        say: Callable[[str], None] = print,
+        check: Callable[[], None] = lambda: None,
     ):
         """Load all rewards.
 
@@ -93,6 +103,8 @@ class Scorer:
             options: what happens around them.
             cache: this process's file of known values; None keeps none between two calls.
             share: whether equal samples of a reward that is declared deterministic share one call.
+            say: takes lines about rewards that are waited for.
+            check: called while one is; may raise to end that.
 
         Raises:
             RecipeError: an unknown or repeated reward, or wrong arguments.
@@ -111,6 +123,9 @@ class Scorer:
         self._canonical = {name: key for name, key in CANONICAL_INPUTS.items() if name in builtin}
         self._workers = options.workers
         self._share = share
+        self._max_outage = options.max_outage
+        self._say = say
+        self._check = check
         self._cache = RewardCache(cache) if cache is not None and self._remote else None
         self._pool = WorkerPool(self._remote, self._workers, options.memory_gib) if self._remote else None
         infos = {name: function.info for name, function in self._local.items()}
@@ -140,6 +155,9 @@ class Scorer:
         `reward` is the weighted sum over the rewards that apply at `step` (`Combination.total`). It is None,
         the rollout is unscored, if one of them failed or none applies; rewards of weight 0 are only recorded.
         TRL-style rewards see `step` as `trainer_state.global_step`.
+
+        Raises:
+            RewardError: what a reward depends on was away for longer than `max_outage`.
         """
         with self._lock:
             tally = _Tally(self.infos, len(rollouts))
@@ -164,21 +182,42 @@ class Scorer:
         samples: list[Sample] = [(_whole(rollout), rollout.request.example) for rollout in rollouts]
         for name, function in self._local.items():
             for index, sample in enumerate(samples):
-                start = time.perf_counter()
-                outcomes = function([sample], step)
-                tally.deliver(name, [[index]], outcomes, time.perf_counter() - start)
+                tally.deliver(name, [[index]], function([sample], step))
         if self._pool is None:
             return
         calls = [self._calls(reward, rollouts, samples, step, tally) for reward in range(len(self._remote))]
+        waiting: dict[int, list[int]] = {}
+        away: dict[str, str] = {}
 
-        def deliver(reward: int, unit: int, outcomes: list[Outcome], seconds: float) -> None:
-            call = calls[reward][unit]
-            tally.deliver(self._remote[reward].name, call.units, outcomes, seconds)
-            if self._cache is not None and call.key and all(outcome.error is None for outcome in outcomes):
-                self._cache.add(call.key, [outcome.value for outcome in outcomes])
+        def deliver(reward: int, number: int, result: Result) -> None:
+            call, name = calls[reward][number], self._remote[reward].name
+            if self._max_outage and result.unavailable:
+                waiting.setdefault(reward, []).append(number)
+                away.setdefault(name, result.unavailable)
+                tally.counts[name].update(result.counts)
+                return
+            tally.deliver(name, call.units, result)
+            if self._cache is not None and call.key and all(o.error is None for o in result.outcomes):
+                self._cache.add(call.key, [outcome.value for outcome in result.outcomes])
 
-        jobs = [job for reward, own in enumerate(calls) for job in self._jobs(reward, own, samples, step)]
-        self._pool.run(jobs, deliver)
+        def jobs(numbers: Mapping[int, Sequence[int]]) -> list[Job]:
+            return [
+                job
+                for reward in numbers
+                for job in self._jobs(reward, calls[reward], numbers[reward], samples, step)
+            ]
+
+        self._pool.run(jobs({reward: range(len(own)) for reward, own in enumerate(calls)}), deliver)
+        pause = Pause(self._max_outage, self._say, self._check)
+        pause.note(away)
+        while waiting:
+            pause.wait()
+            again = jobs(waiting)
+            waiting.clear()
+            away.clear()
+            self._pool.run(again, deliver, self._check)
+            pause.note(away)
+        tally.paused |= pause.seconds
 
     def _calls(
         self,
@@ -202,26 +241,30 @@ class Scorer:
             key = keys.of([samples[index] for index in unit])
             known = None if self._cache is None else self._cache.get(key)
             if known is not None:
-                tally.deliver(info.name, [unit], [Outcome(value) for value in known], 0.0)
+                tally.deliver(info.name, [unit], Result([Outcome(value) for value in known]))
                 tally.cached[info.name] += len(unit)
             else:
                 calls.setdefault(key, _Call([], key)).units.append(unit)
         return list(calls.values())
 
     def _jobs(
-        self, reward: int, calls: list[_Call], samples: list[Sample], step: int | None
+        self,
+        reward: int,
+        calls: Sequence[_Call],
+        numbers: Sequence[int],
+        samples: Sequence[Sample],
+        step: int | None,
     ) -> Iterator[Job]:
-        """Jobs of as many calls as keep all workers busy and the reward's concurrency allows."""
+        """Jobs that make the calls of these numbers: one for an async reward, else enough for all workers."""
         assert self._pool is not None
         info, concurrent, _ = self._pool.rewards[reward]
-        size = min(max(len(calls) // (4 * self._workers), 1), MAX_JOB_UNITS)
-        if concurrent and info.concurrency is not None:
-            size = max(info.concurrency // self._workers, 1)
+        share = len(numbers) if concurrent else min(len(numbers) // (4 * self._workers), MAX_JOB_UNITS)
+        size = max(share, 1)
         visible = without_logprobs if info.deterministic else _as_it_is
-        content = [[visible(samples[index]) for index in call.units[0]] for call in calls]
-        for start in range(0, len(calls), size):
-            ids = range(start, min(start + size, len(calls)))
-            yield Job(reward, content[start : start + size], list(ids), step)
+        for start in range(0, len(numbers), size):
+            ids = list(numbers[start : start + size])
+            content = [[visible(samples[index]) for index in calls[number].units[0]] for number in ids]
+            yield Job(reward, content, ids, step)
 
 
 @dataclass
@@ -233,22 +276,23 @@ class _Call:
 
 
 class _Tally:
-    """Outcomes and times of one call of the scorer, by reward."""
+    """What the rewards gave in one call of the scorer, by their names."""
 
     def __init__(self, names: Iterable[str], samples: int):
         self.outcomes = {name: [Outcome()] * samples for name in names}
         self.seconds = dict.fromkeys(self.outcomes, 0.0)
         self.slowest = dict.fromkeys(self.outcomes, 0.0)
         self.cached = dict.fromkeys(self.outcomes, 0)
+        self.counts: dict[str, Counter[str]] = {name: Counter() for name in self.outcomes}
+        self.paused = dict.fromkeys(self.outcomes, 0.0)
 
-    def deliver(
-        self, name: str, units: Iterable[Sequence[int]], outcomes: Sequence[Outcome], seconds: float
-    ) -> None:
-        """Note the outcomes of one call, which are those of all its units."""
-        self.seconds[name] += seconds
-        self.slowest[name] = max(self.slowest[name], seconds)
+    def deliver(self, name: str, units: Iterable[Sequence[int]], result: Result) -> None:
+        """Note the result of one call, whose outcomes are those of all its units."""
+        self.seconds[name] += result.seconds
+        self.slowest[name] = max(self.slowest[name], result.seconds)
+        self.counts[name].update(result.counts)
         for unit in units:
-            for index, outcome in zip(unit, outcomes, strict=True):
+            for index, outcome in zip(unit, result.outcomes, strict=True):
                 self.outcomes[name][index] = outcome
 
 
@@ -276,6 +320,8 @@ def _stats(info: RewardInfo, tally: _Tally, rollouts: Sequence[Rollout]) -> Rewa
         seconds=tally.seconds[info.name] / max(len(outcomes), 1),
         slowest=tally.slowest[info.name],
         cached=tally.cached[info.name],
+        counts=tally.counts[info.name],
+        paused_seconds=tally.paused[info.name],
         error_lines=[
             f"reward {info.name} (version {info.version}), example {rollout.request.example.id!r}, "
             f"completion {rollout.index}: {outcome.error}: {outcome.message}"

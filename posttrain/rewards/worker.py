@@ -25,9 +25,11 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from posttrain.errors import PosttrainError, RewardError
-from posttrain.rewards.calling import BoundReward, Outcome, Sample, describe, load_reward
+from posttrain.rewards.calling import BoundReward, Outcome, Result, Sample, describe, load_reward
 from posttrain.rewards.registry import RewardInfo, RewardSource
 
+DEFAULT_CONCURRENCY = 32
+"""Calls of an async reward under way at once, where it declares nothing."""
 LOAD_SECONDS = 300.0
 """Time to import the rewards; long, as imports compete with everything else at the start of a run."""
 PROGRESS_BYTES = 4
@@ -42,8 +44,10 @@ ORPHAN_GRACE = 3.0
 
 @dataclass(frozen=True)
 class Job:
-    """Units (single samples or batches) of one reward, to be scored in order, or at once if it is async.
+    """Units (single samples or batches) of one reward, to be scored in order.
 
+    Those of an async reward are started in order, as many at once as its concurrency allows. Once a unit
+    finds that what the reward depends on is away, those that have not started yet are not tried.
     `ids` are the caller's names for the units.
     """
 
@@ -77,11 +81,10 @@ class Ready(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The outcomes of one unit of the current job, and the seconds it took."""
+    """A unit of the current job has been scored."""
 
     unit: int
-    outcomes: list[Outcome]
-    seconds: float
+    result: Result
 
 
 Reply = Ready | PosttrainError | list[Done]
@@ -126,32 +129,63 @@ def main(socket: int, memory: int, memory_limit: int) -> None:
 
 def _run(reward: BoundReward, job: Job, connection: Connection, progress: mmap.mmap) -> None:
     process = os.getpid()
-    armed = flushed = -math.inf
+    last_resort = _LastResort(job.budget(reward.info))
+    flushed = -math.inf
+    away = ""
     done: list[Done] = []
     for index, samples in enumerate(job.units):
         progress[:] = index.to_bytes(PROGRESS_BYTES, sys.byteorder)
-        start = time.perf_counter()
-        if start - armed > ORPHAN_GRACE / 2:
-            _expire_after(job.budget(reward.info) + ORPHAN_GRACE)
-            armed = start
-        outcomes = reward(samples, job.step)
+        last_resort.arm()
+        result = _not_tried(samples, away) if away else reward(samples, job.step)
         if os.getpid() != process:
             os._exit(0)  # a fork made by the reward came back out of it
+        away = away or result.unavailable
         now = time.perf_counter()
-        done.append(Done(index, outcomes, now - start))
+        done.append(Done(index, result))
         if now - flushed > FLUSH_SECONDS or index == len(job.units) - 1:
             connection.send(done)
             done, flushed = [], now
 
 
 async def _run_concurrently(reward: BoundReward, job: Job, connection: Connection) -> None:
-    async def run_unit(index: int, samples: list[Sample]) -> None:
-        start = time.perf_counter()
-        outcomes = await reward.call_async(samples, job.step)
-        connection.send([Done(index, outcomes, time.perf_counter() - start)])
+    last_resort = _LastResort(job.budget(reward.info))
+    units = iter(enumerate(job.units))  # shared: who has finished a unit takes the next, so none waits
+    away = ""
 
-    _expire_after(job.budget(reward.info) + ORPHAN_GRACE)
-    await asyncio.gather(*(run_unit(index, samples) for index, samples in enumerate(job.units)))
+    async def run_units() -> None:
+        nonlocal away
+        for index, samples in units:
+            last_resort.arm()
+            result = _not_tried(samples, away) if away else await reward.call_async(samples, job.step)
+            away = away or result.unavailable
+            connection.send([Done(index, result)])
+
+    at_once = min(concurrency(reward.info), len(job.units))
+    await asyncio.gather(*(run_units() for _ in range(at_once)))
+
+
+def concurrency(info: RewardInfo) -> int:
+    """Units of an async reward that are under way at once."""
+    return info.concurrency or DEFAULT_CONCURRENCY
+
+
+def _not_tried(samples: list[Sample], away: str) -> Result:
+    return Result([Outcome(None, "unavailable", away)] * len(samples))
+
+
+class _LastResort:
+    """Ends the process when a unit takes much longer than it may and there is no parent left to do so."""
+
+    def __init__(self, budget: float):
+        self._seconds = budget + ORPHAN_GRACE
+        self._armed = -math.inf
+
+    def arm(self) -> None:
+        """A unit starts now."""
+        now = time.perf_counter()
+        if now - self._armed > ORPHAN_GRACE / 2:
+            _expire_after(self._seconds)
+            self._armed = now
 
 
 def _expire_after(seconds: float) -> None:

@@ -42,8 +42,9 @@ class Collected:
     dropped: list[Rollout] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    """What scoring had to report, by the name of the metric: cache hits, and errors of each kind."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """What scoring had to report, by the name of the metric: cache hits, errors of each kind, what rewards
+    counted, seconds that it paused."""
 
     def drop(self, rollouts: Sequence[Rollout], reason: Callable[[Rollout], str]) -> None:
         """Leave rollouts out of the batch."""
@@ -54,9 +55,14 @@ class Collected:
 
     def count(self, report: ScoreReport) -> None:
         """Add what a call of the scorer reports."""
-        found = {"rewards/cache_hits": sum(stats.cached for stats in report.rewards.values())}
+        found: dict[str, float] = {
+            "rewards/cache_hits": sum(stats.cached for stats in report.rewards.values())
+        }
         for name, stats in report.rewards.items():
             found |= {f"rewards/{name}/errors/{kind}": count for kind, count in stats.errors.items()}
+            found |= {f"rewards/{name}/counts/{key}": count for key, count in stats.counts.items()}
+            if stats.paused_seconds:
+                found |= {f"rewards/{name}/paused": 1, f"rewards/{name}/paused_seconds": stats.paused_seconds}
         for name, count in found.items():
             self.counts[name] = self.counts.get(name, 0) + count
 
@@ -158,6 +164,9 @@ class Collector:
         """Generate and score; redraw or drop what could not be scored."""
         with collected.timed("generate"):
             batch = make_rollouts(requests, self.engine.generate(requests), self.engine.version)
+        own = frozenset[str]().union(*(method.scores for method in self.methods))
+        unasked = batch.filter(lambda rollout: rollout.request.role in own)
+        batch = batch.filter(lambda rollout: rollout.request.role not in own)
         self.score(batch.rollouts, collected, step)
         for redraw in range(1, self.rewards.max_redraws + 1 if self.rewards.on_error == "redraw" else 1):
             failed = [rollout for rollout in batch if has_failed(rollout)]
@@ -179,7 +188,7 @@ class Collector:
         kept.drop(failed, unscored_reason)
         collected.dropped += kept.dropped
         collected.reasons |= kept.reasons
-        return kept.batch
+        return kept.batch + unasked
 
     def _draw_again(self, failed: list[Rollout], redraw: int, collected: Collected) -> list[Rollout]:
         requests = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,20 @@ def make_rollouts(
     return rollouts
 
 
-def make_scorer(*specs: str | dict[str, Any], workers: int = 2, **options: Any) -> Scorer:
+def make_scorer(
+    *specs: str | dict[str, Any],
+    workers: int = 2,
+    say: Callable[[str], None] = print,
+    check: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> Scorer:
     """A scorer of rewards as a recipe would name them."""
     named = [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
     return Scorer(
-        [RewardSpec.model_validate(spec) for spec in named], RewardOptions(workers=workers, **options)
+        [RewardSpec.model_validate(spec) for spec in named],
+        RewardOptions(workers=workers, **options),
+        say=say,
+        check=check,
     )
 
 

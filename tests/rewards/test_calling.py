@@ -168,7 +168,7 @@ def test_styles_and_arguments(tmp_path, code, style, value):
     assert function.style == style
     assert function.info.name == "mine"
     assert function.info.batched == (style != "completion")
-    assert [outcome.value for outcome in function([SAMPLE], None)] == [value]
+    assert [outcome.value for outcome in function([SAMPLE], None).outcomes] == [value]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_declaration_goes_with_the_function():
 def test_files_import_their_neighbours(tmp_path):
     (tmp_path / "neighbour_of_rewards.py").write_text("VALUE = 0.25")
     code = "from neighbour_of_rewards import VALUE\ndef f(completion, example): return VALUE"
-    assert load(code, tmp_path)([SAMPLE], None)[0].value == 0.25
+    assert load(code, tmp_path)([SAMPLE], None).outcomes[0].value == 0.25
 
 
 @pytest.mark.parametrize(
