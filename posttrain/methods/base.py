@@ -38,12 +38,14 @@ class Channel:
 
     `advantages` maps the ids of the rollouts it trains to one advantage for the whole completion or one per
     completion token. Each channel has its own denominator: adding one never changes another's effective
-    learning rate.
+    learning rate. Channels with the same `pool` share one, counted over the rollouts of any of them, so that
+    they are parts of one loss over their union; "" is a pool of the channel's own name.
     """
 
     name: str
     advantages: Mapping[str, float | Sequence[float]]
     weight: float = 1.0
+    pool: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class StepContext:
 
     `rng` is derived from (run seed, step, method), `log` adds a value to the step's metrics (averaged when
     called several times), `model` is the unwrapped policy, `score` fills the rewards of rollouts in place.
+    `gather` gives the values of all ranks in rank order: a collective, so every rank must call it.
     """
 
     step: int
@@ -73,6 +76,7 @@ class StepContext:
     rng: np.random.Generator
     log: Callable[[str, float], None]
     score: Callable[[Sequence[Rollout]], None]
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     def generate(self, requests: Sequence[RolloutRequest]) -> RolloutBatch:
         """Sample follow-up rollouts with the current weights."""
@@ -88,12 +92,14 @@ class NoOptions(BaseModel):
 class Method:
     """Base class of methods.
 
-    `conflicts` maps names of methods this one cannot be combined with to the reason.
+    `conflicts` maps names of methods this one cannot be combined with to the reason. `scores` are roles of
+    rollouts that this method rewards itself, in `extend`: the recipe's rewards are not asked about them.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[BaseModel]] = NoOptions
     conflicts: ClassVar[Mapping[str, str]] = {}
+    scores: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any):
         self.config = config

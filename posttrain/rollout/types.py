@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, Literal
 
 from pydantic import ConfigDict, with_config
@@ -158,12 +159,17 @@ class RolloutBatch:
 def make_rollouts(
     requests: Sequence[RolloutRequest], completions: Iterable[Sequence[Completion]], policy_version: int
 ) -> RolloutBatch:
-    """Pair requests with an engine's answers (same order, `sampling.n` completions each)."""
+    """Pair requests with an engine's answers (same order, `sampling.n` completions each).
+
+    Requests of one group and role are numbered on, so that every rollout has an id of its own.
+    """
+    numbers: dict[tuple[str, str], Iterator[int]] = {}
     return RolloutBatch(
         [
-            Rollout(request, completion, index, policy_version)
+            Rollout(request, completion, next(number), policy_version)
             for request, answers in zip(requests, completions, strict=True)
-            for index, completion in enumerate(answers)
+            for number in [numbers.setdefault((request.group, request.role), count())]
+            for completion in answers
         ]
     )
 

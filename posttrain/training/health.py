@@ -96,8 +96,9 @@ def rollout_metrics(tally: Tally, collected: Collected, rows: Sequence[TrainRow]
             tally.maximum("completions/max_length", length)
             tally.mean("completions/truncated", rollout.truncated)
     redrawn = sum("/drawn-" in name for name in collected.reasons)
-    tally.mean("rewards/unscored", (len(rollouts) - len(scored) + redrawn) / max(len(rollouts) + redrawn, 1),
-               len(rollouts) + redrawn)  # fmt: skip
+    asked = [r for r in rollouts if r.reward is not None or r.reward_errors or r.request.role == SOLUTION]
+    tally.mean("rewards/unscored", (len(asked) - len(scored) + redrawn) / max(len(asked) + redrawn, 1),
+               len(asked) + redrawn)  # fmt: skip
     for rollout in solutions:
         tally.mean("reward", rollout.reward)
         for name, value in rollout.rewards.items():

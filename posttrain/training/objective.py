@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from posttrain.methods.base import Channel
 from posttrain.recipe.schema import LossConfig
 from posttrain.training.batch import MicroBatch, TrainRow
 from posttrain.training.buffer import UpdateBatch
@@ -15,15 +16,16 @@ from posttrain.training.losses import Stats, nll_loss, policy_loss
 
 
 def member_counts(
-    rows: Sequence[TrainRow], channels: Sequence[str], terms: Sequence[str]
+    rows: Sequence[TrainRow], channels: Sequence[Channel], terms: Sequence[str]
 ) -> dict[str, tuple[int, int]]:
-    """Sequences and trained tokens that belong to every channel and supervised term, by name."""
-    counts = {}
-    tables = [*((name, "advantages") for name in channels), *((name, "nll_weights") for name in terms)]
-    for name, table in tables:
-        members = [row for row in rows if name in getattr(row, table)]
-        counts[name] = (len(members), sum(len(row.positions) for row in members))
-    return counts
+    """Sequences and trained tokens that belong to every channel's pool and supervised term, by name."""
+    members = {}
+    for channel in channels:
+        pool = channel.pool or channel.name
+        names = {other.name for other in channels if (other.pool or other.name) == pool}
+        members[channel.name] = [row for row in rows if names & row.advantages.keys()]
+    members |= {name: [row for row in rows if name in row.nll_weights] for name in terms}
+    return {name: (len(own), sum(len(row.positions) for row in own)) for name, own in members.items()}
 
 
 def objective(

@@ -243,6 +243,7 @@ class PolicyTrainer(Trainer):
             ),
             log=lambda key, value: tally.mean(f"{name}/{key}", value),
             score=lambda rollouts: self.collector.score(rollouts, Collected(RolloutBatch([])), step),
+            gather=lambda value: gather_object([value]),
         )
 
     def _channels(self, batch: RolloutBatch, contexts: Sequence[StepContext]) -> list[Channel]:
@@ -271,7 +272,7 @@ class PolicyTrainer(Trainer):
         self, rows: Sequence[TrainRow], channels: Sequence[Channel], terms: Sequence[LossTerm]
     ) -> dict[str, Denominators]:
         """Sequences and tokens of every channel and term, over all ranks."""
-        counts = member_counts(rows, [c.name for c in channels], [t.name for t in terms])
+        counts = member_counts(rows, channels, [term.name for term in terms])
         local = torch.tensor([*counts.values()], dtype=torch.float64, device=self.accelerator.device)
         total = self.accelerator.reduce(local, "sum").tolist()
         return {
@@ -430,6 +431,8 @@ class PolicyTrainer(Trainer):
 
     def state_dict(self) -> tuple[State, Tensors]:
         """What this rank's part of a checkpoint holds beside the Trainer's own files: JSON and tensors."""
+        if self._pending is not None:
+            self._extended(self._pending)  # first, since it may change the methods' state
         state: State = {
             "totals": self.totals.state(),
             "watching": self.watch.before is not None,
@@ -441,7 +444,6 @@ class PolicyTrainer(Trainer):
         if self._batch is not None and self.state.global_step % self.stage.updates_per_batch:
             state["batch"], tensors = self._batch.state()
         if self._pending is not None:
-            self._extended(self._pending)
             state["pending"] = self._pending.state()
         return state, tensors
 
