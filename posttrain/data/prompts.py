@@ -6,6 +6,7 @@ Prompts are never cut: one that does not fit is an error or is left out, as the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
@@ -21,31 +22,55 @@ EncodedPrompt = tuple[Example, tuple[int, ...]]
 
 
 def encode_prompt(
-    example: Example, tokenizer: PreTrainedTokenizerBase, format: PromptFormat = "auto"
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    format: PromptFormat = "auto",
+    tools: list[dict[str, Any]] | None = None,
 ) -> tuple[int, ...]:
     """Token ids of the prompt, ready for the first token of an answer.
 
-    A chat template writes the special tokens itself; to plain text the tokenizer adds its own (a
-    beginning-of-sequence token, if it has one).
+    A chat template writes the special tokens itself, and the JSON schemas of `tools`; to plain text the
+    tokenizer adds its own (a beginning-of-sequence token, if it has one).
 
     Raises:
         DataError: the example does not fit the format, or the chat template refuses its messages.
     """
     if uses_chat(tokenizer, format):
         # In one go, not by tokenising the rendered text: that would add a second beginning of sequence.
-        return tuple(_apply_template(example, tokenizer, tokenize=True))
+        return tuple(_apply_template(example, tokenizer, tools, tokenize=True))
     return tuple(tokenizer(_plain_text(example, example.prompt))["input_ids"])
 
 
-def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, format: PromptFormat = "auto") -> str:
+def render_prompt(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    format: PromptFormat = "auto",
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
     """The prompt as text, as the model sees it (special tokens of a chat template included).
 
     Raises:
         DataError: as `encode_prompt`.
     """
     if uses_chat(tokenizer, format):
-        return str(_apply_template(example, tokenizer, tokenize=False))
+        return str(_apply_template(example, tokenizer, tools, tokenize=False))
     return _plain_text(example, example.prompt)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How the prompts of a source look to one tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    format: PromptFormat = "auto"
+
+    def encode(self, example: Example) -> tuple[int, ...]:
+        """See `encode_prompt`."""
+        return encode_prompt(example, self.tokenizer, self.format)
+
+    def render(self, example: Example) -> str:
+        """See `render_prompt`."""
+        return render_prompt(example, self.tokenizer, self.format)
 
 
 def encode_demonstration(
@@ -96,10 +121,16 @@ def uses_chat(tokenizer: PreTrainedTokenizerBase, format: PromptFormat) -> bool:
     return has_template and format != "text"
 
 
-def _apply_template(example: Example, tokenizer: PreTrainedTokenizerBase, tokenize: bool) -> Any:
+def _apply_template(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list[dict[str, Any]] | None,
+    tokenize: bool,
+) -> Any:
     try:
         return tokenizer.apply_chat_template(
             _messages(example.prompt, "user"),
+            tools=tools,
             add_generation_prompt=True,
             tokenize=tokenize,
             return_dict=False,

@@ -62,6 +62,7 @@ def find_problems(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
         yield from _source(key, source)
         yield from _written_rows(recipe, key, source)
     yield from _rewards(recipe)
+    yield from _tools(recipe)
     yield from _packages(recipe, kinds)
     for index, spec in enumerate(recipe.stages):
         stage, key = spec.config, f"stages[{index}].{spec.kind}"
@@ -233,6 +234,26 @@ def _reward_list(specs: list[RewardSpec], where: str, models: Collection[str]) -
             if gate.reward not in known:
                 text = f"there is no reward {gate.reward!r}; there are {', '.join(known)}."
                 yield f"{key}.only_if", text + did_you_mean(gate.reward, known)
+
+
+def _tools(recipe: Recipe) -> Iterator[Finding]:
+    from posttrain.rollout.tools_builtin import BUILTIN
+
+    tools = recipe.tools
+    if tools is None:
+        return
+    named = [(f"tools.use[{index}].name", spec.name) for index, spec in enumerate(tools.use)]
+    if tools.environment is not None:
+        named.append(("tools.environment", tools.environment))
+    for key, name in named:
+        place, colon, _ = name.rpartition(":")
+        if colon and place.endswith(".py") and not Path(place).is_file():
+            yield key, f"there is no file {place}."
+        if not colon and name not in BUILTIN:
+            text = (
+                f"no tool is called {name}; there are {', '.join(BUILTIN)}, and your own as file.py:function."
+            )
+            yield key, text + did_you_mean(name, list(BUILTIN))
 
 
 def _transfers(recipe: Recipe) -> bool:

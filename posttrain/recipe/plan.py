@@ -99,6 +99,7 @@ def format_plan(plan: Plan, *, all_values: bool = False) -> str:
             ("model", _model_line(recipe, plan.model)),
             *_data_lines(recipe),
             *_reward_lines(recipe),
+            *_tool_lines(recipe),
             *_replica_lines(recipe),
         ]
     )
@@ -168,7 +169,17 @@ def _reward_text(spec: RewardSpec) -> str:
     else:
         weight = f"{spec.weight:g}"
     clip = "" if spec.clip is None else f" clipped to [{spec.clip[0]:g}, {spec.clip[1]:g}]"
-    return f"{spec.name} × {weight}{clip}" + ("" if spec.only_if is None else f" if {spec.only_if}")
+    use = "" if spec.use is None else f" ({spec.use})"
+    return f"{spec.name}{use} × {weight}{clip}" + ("" if spec.only_if is None else f" if {spec.only_if}")
+
+
+def _tool_lines(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.tools is not None:
+        names = recipe.tools.environment or ", ".join(spec.name for spec in recipe.tools.use)
+        limits = (
+            f"at most {recipe.tools.max_turns} turns of them in a completion, {recipe.tools.timeout:g} s each"
+        )
+        yield "tools", f"{names}; {limits}"
 
 
 def _replica_lines(recipe: Recipe) -> Iterator[tuple[str, str]]:

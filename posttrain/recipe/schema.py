@@ -31,6 +31,7 @@ from posttrain.recipe.stage_schema import PolicyStage as PolicyStage
 from posttrain.recipe.stage_schema import SftStage as SftStage
 
 
+from posttrain.recipe.tools_schema import ToolsConfig as ToolsConfig
 class ServerConfig(Section):
     """The replicas of engine `vllm_server`."""
 
@@ -148,6 +149,8 @@ class Recipe(Section):
     """Names, or mappings with options."""
     reward_models: dict[str, RewardModelConfig] = Field(default={})
     """Reward models by the name under which `rewards` can list them."""
+    tools: ToolsConfig | None = None
+    """What the policy can act on while it writes; None is nothing."""
     reward_options: RewardOptions = RewardOptions()
     stages: list[StageSpec] = Field(min_length=1)
     """What to do, in order; each stage goes on with the model of the one before."""

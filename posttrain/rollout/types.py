@@ -79,12 +79,38 @@ class RolloutRequest:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A stretch of a completion that the policy wrote: `token_ids[start:stop]`, and its text."""
+
+    start: int
+    stop: int
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the policy made in a completion, and what came of it.
+
+    `name` is empty and `arguments`, else JSON, is the text as it was written where the call could not be
+    read. `error` says in one word what went wrong (malformed, unknown, arguments, exception, timeout, died);
+    None is a call that worked. `output` is what the policy was shown.
+    """
+
+    name: str
+    arguments: str
+    output: str
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
 class Completion:
     """One sampled completion.
 
     `logprobs[t]` is the natural log-probability of `token_ids[t]` under the distribution it was sampled
     from (after temperature; for greedy decoding, of the unscaled model). `loss_mask[t]` is 0 where the
-    policy did not write the token (tool output); None means the policy wrote all of it.
+    policy did not write the token (tool output), and so is its log-prob; None means the policy wrote all of
+    it. `turns` are what it wrote between the tool outputs; empty for a completion sampled without tools.
     """
 
     token_ids: tuple[int, ...]
@@ -92,6 +118,18 @@ class Completion:
     finish_reason: FinishReason
     text: str
     loss_mask: tuple[int, ...] | None = None
+    turns: tuple[Turn, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that the policy wrote."""
+        return len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)
+
+    @property
+    def written(self) -> str:
+        """The text of what the policy wrote, without tool output: what an answer may be looked for in."""
+        return "".join(turn.text for turn in self.turns) if self.turns else self.text
 
 
 @dataclass
@@ -121,7 +159,7 @@ class Rollout:
 
     @property
     def truncated(self) -> bool:
-        """Whether the completion ran into its token cap."""
+        """Whether the completion ran into its cap of tokens or of turns."""
         return self.completion.finish_reason == "length"
 
 

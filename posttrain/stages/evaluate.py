@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from accelerate.utils import gather_object
 
-from posttrain.data.prompts import encode_prompt, render_prompt
 from posttrain.data.sources import load_examples
 from posttrain.evaluation.metrics import Estimate, estimate
 from posttrain.evaluation.samples import GREEDY_ROLE, group_by_problem, problem_values
@@ -15,6 +14,7 @@ from posttrain.recipe.schema import EvaluateStage
 from posttrain.rewards.scorer import Scorer
 from posttrain.rollout.build import build_engine, load_tokenizer
 from posttrain.rollout.engine import RolloutEngine, require_finite
+from posttrain.rollout.tools_engine import prompts_of, with_tools
 from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, Sampling, make_rollouts, with_seed
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.record import rollout_rows, write_json, write_rollouts
@@ -29,6 +29,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     source = context.data(stage.data or recipe.data.eval)
     rewards = recipe.rewards_of(stage)
     tokenizer = load_tokenizer(context.model)
+    prompts = prompts_of(recipe.tools, tokenizer, source.format)
     examples = load_examples(source)
     sampling = Sampling(
         max_tokens=stage.max_tokens or recipe.rollout.max_tokens,
@@ -40,7 +41,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     )
     requests = [
         with_seed(
-            RolloutRequest(encode_prompt(example, tokenizer, source.format), example, example.id, sampling),
+            RolloutRequest(prompts.encode(example), example, example.id, sampling),
             SEED,
             "evaluate",
             example.id,
@@ -48,6 +49,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
         for example in examples
     ]
     engine = build_engine(recipe.rollout, context.model, tokenizer, seed=SEED)
+    engine = with_tools(engine, recipe.tools, prompts)
     try:
         with Scorer(rewards, recipe.reward_options, context.reward_cache) as scorer:
             sampled = _answer(requests, engine, scorer, context, "sampling")
@@ -71,7 +73,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     rows = rollout_rows(
         rollouts,
         step=0,
-        prompt_text={example.id: render_prompt(example, tokenizer, source.format) for example in examples},
+        prompt_text={example.id: prompts.render(example) for example in examples},
     )
     for row, outcome in zip(rows, correct, strict=True):
         row["correct"] = outcome
@@ -83,7 +85,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
         "correct": {"reward": reward, "threshold": stage.correct.threshold},
         "metrics": {name: value.to_dict() for name, value in metrics.items()},
         "unscored": sum(outcome is None for outcome in correct),
-        "tokens/sampled": sum(len(rollout.completion.token_ids) for rollout in rollouts),
+        "tokens/sampled": sum(rollout.completion.sampled_tokens for rollout in rollouts),
     }
     if context.rank == 0:
         write_rollouts(context.folder("rollouts") / "samples.parquet", rows)

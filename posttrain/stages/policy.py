@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
 
-from posttrain.data.prompts import check_lengths, encode_prompt, render_prompt
+from posttrain.data.prompts import Prompts, check_lengths
 from posttrain.data.sources import load_examples
 from posttrain.methods.base import load_methods
 from posttrain.recipe.schema import PolicyStage
 from posttrain.rewards.scorer import Scorer
 from posttrain.rollout.build import build_engine, load_tokenizer
+from posttrain.rollout.tools_engine import prompts_of, with_tools
+from posttrain.rollout.tools_format import ToolFormat
 from posttrain.rollout.types import Example
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.arguments import optimizer_arguments
@@ -35,6 +36,7 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
     source = context.data(stage.data or recipe.data.train)
     methods = [spec.kind(spec.config) for spec in load_methods(stage.methods)]
     tokenizer = load_tokenizer(context.model)
+    formatted = prompts_of(recipe.tools, tokenizer, source.format)
     examples = load_examples(source)
     set_seed(recipe.seed)
     model = load_policy(context.model, reference_adapter=stage.loss.kl > 0)
@@ -52,10 +54,11 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
         own_weights=split or stage.overlap > 0,
         seed=recipe.seed,
     )
+    engine = with_tools(engine, recipe.tools, formatted)
     try:
         with Scorer(recipe.rewards_of(stage), recipe.reward_options, context.reward_cache) as scorer:
             room = engine.max_model_len - recipe.rollout.max_tokens
-            prompts = _fitting(examples, tokenizer, source.format, stage, room)
+            prompts = _fitting(examples, formatted, stage, room)
             ids_of = {example.id: ids for example, ids in prompts}
             collector = Collector(
                 engine=engine,
@@ -80,7 +83,7 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
                 seed=recipe.seed,
                 verify_tolerance=stage.verify_tolerance or VERIFY_TOLERANCE[dtype],
                 bad_batches=context.run_dir / "bad_batches" / context.name,
-                on_rollouts=lambda record: _write(record, stage, context, tokenizer, source.format),
+                on_rollouts=lambda record: _write(record, stage, context, formatted),
                 on_log=context.log_step,
             )
             try:
@@ -110,10 +113,10 @@ def _arguments(
 
 
 def _fitting(
-    examples: Sequence[Example], tokenizer: Any, prompt_format: Any, stage: PolicyStage, room: int
+    examples: Sequence[Example], formatted: Prompts | ToolFormat, stage: PolicyStage, room: int
 ) -> list[tuple[Example, tuple[int, ...]]]:
     """The prompts of at most `room` tokens (`max_tokens` are left for the answer), with their token ids."""
-    prompts = [(example, encode_prompt(example, tokenizer, prompt_format)) for example in examples]
+    prompts = [(example, formatted.encode(example)) for example in examples]
     kept, dropped = check_lengths(prompts, room, stage.on_long_prompt)
     if dropped:
         print(f"{dropped} of {len(examples)} prompts do not fit and are left out (on_long_prompt: drop)")
@@ -121,7 +124,7 @@ def _fitting(
 
 
 def _write(
-    record: StepRecord, stage: PolicyStage, context: StageContext, tokenizer: Any, prompt_format: Any
+    record: StepRecord, stage: PolicyStage, context: StageContext, formatted: Prompts | ToolFormat
 ) -> None:
     """Write the rollouts of a step to the run folder; every rank writes its own part."""
     batch = (record.step - 1) // stage.updates_per_batch
@@ -142,9 +145,7 @@ def _write(
     rows = rollout_rows(
         rollouts,
         step=record.step,
-        prompt_text={
-            key: render_prompt(example, tokenizer, prompt_format) for key, example in examples.items()
-        },
+        prompt_text={key: formatted.render(example) for key, example in examples.items()},
         status={rollout.id: dropped.get(rollout.id, "trained") for rollout in rollouts},
         advantages=advantages,
     )

@@ -16,6 +16,8 @@ from posttrain.data.sources import load_examples
 from posttrain.errors import DataError, RecipeError
 from posttrain.recipe.schema import SftStage
 from posttrain.rollout.build import load_tokenizer
+from posttrain.rollout.tools_engine import prompts_of
+from posttrain.rollout.tools_format import ToolFormat
 from posttrain.rollout.types import Example
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.arguments import optimizer_arguments, world_size
@@ -35,6 +37,7 @@ class _Metrics(TrainerCallback):
     HIDDEN = ("epoch", "num_tokens")
 
     def __init__(self, every: int, log: Callable[[int, int, dict[str, Any]], None]):
+    tools: ToolFormat | None = None,
         self.every = every
         self.log = log
         self._values: dict[str, list[float]] = {}
@@ -76,14 +79,19 @@ def finetune(
 ) -> SFTTrainer:
     """Train `model` in place on `examples` (demonstrations in `columns["completion"]`); returns its trainer.
 
-    The loss is on completion tokens alone. `log` is called with (step, number of steps, metrics). With a
-    `checkpointer`, whose `output_dir` is to be given too, training goes on from its newest checkpoint.
+    The loss is on completion tokens alone, with `tools` on those of them that no tool wrote. `log` is called
+    with (step, number of steps, metrics). With a `checkpointer`, whose `output_dir` is to be given too,
+    training goes on from its newest checkpoint.
 
     Raises:
         DataError: a row has no demonstration, or is longer than `stage.max_length`; rows are never cut.
         RecipeError: the batch size does not divide over the devices.
     """
-    rows = [encode_demonstration(example, tokenizer, prompt_format) for example in examples]
+    rows: list[dict[str, Any]]
+    if tools is not None:
+        rows = [tools.encode_trace(example) for example in examples]
+    else:
+        rows = [dict(encode_demonstration(example, tokenizer, prompt_format)) for example in examples]
     limit = stage.max_length or model.config.max_position_embeddings
     for example, row in zip(examples, rows, strict=True):
         length = _length(row, tokenizer)
@@ -101,6 +109,7 @@ def finetune(
         per_device_train_batch_size=stage.micro_batch_size or share,
         gradient_accumulation_steps=share // (stage.micro_batch_size or share),
         num_train_epochs=stage.epochs,
+    prompts = prompts_of(context.recipe.tools, tokenizer, source.format)
         max_steps=stage.max_steps or -1,
         max_length=None,
         completion_only_loss=True,
@@ -113,6 +122,7 @@ def finetune(
         **optimizer_arguments(stage.optimizer, dtype=dtype),
     )
     metrics = _Metrics(stage.log_every, log)
+        tools=prompts if isinstance(prompts, ToolFormat) else None,
     trainer = SFTTrainer(
         model=model,
         args=arguments,

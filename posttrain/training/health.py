@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from posttrain.errors import TrainingError
+from posttrain.rollout.types import Completion
 from posttrain.rollout.weights import whole
 from posttrain.training.advantages import zero_variance
 from posttrain.training.batch import TrainRow
@@ -90,7 +91,7 @@ def rollout_metrics(tally: Tally, collected: Collected, rows: Sequence[TrainRow]
     solutions = [rollout for rollout in scored if rollout.request.role == SOLUTION]
     for rollout in rollouts:
         length = len(rollout.completion.token_ids)
-        tally.total("tokens/sampled", length)
+        tally.total("tokens/sampled", rollout.completion.sampled_tokens)
         if rollout.request.role == SOLUTION:  # a forced answer is short, and cut on purpose
             tally.mean("completions/mean_length", length)
             tally.maximum("completions/max_length", length)
@@ -112,10 +113,23 @@ def rollout_metrics(tally: Tally, collected: Collected, rows: Sequence[TrainRow]
             int(np.any(np.stack([*row.advantages.values()]), axis=0).sum()) for row in rows if row.advantages
         ),
     )
+    _tool_metrics(tally, [rollout.completion for rollout in rollouts if rollout.completion.turns])
     for name, count in collected.counts.items():
         tally.total(name, count)
     for phase, seconds in collected.seconds.items():
         tally.total(f"seconds/{phase}", seconds)
+
+
+def _tool_metrics(tally: Tally, completions: Sequence[Completion]) -> None:
+    """Of completions that were sampled with tools."""
+    for completion in completions:
+        tally.mean("tools/calls", len(completion.tool_calls))
+        tally.mean("tools/use", bool(completion.tool_calls))
+        tally.total("tools/seconds", sum(call.seconds for call in completion.tool_calls))
+        for call in completion.tool_calls:
+            tally.mean("tools/failed", call.error is not None)
+            if call.error is not None:
+                tally.total(f"tools/errors/{call.error}", 1)
 
 
 def _group_metrics(tally: Tally, solutions: Sequence[Any]) -> None:

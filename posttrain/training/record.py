@@ -150,6 +150,8 @@ def rollout_rows(
             "logprobs": list(completion.logprobs),
             "finish_reason": completion.finish_reason,
             "loss_mask": None if completion.loss_mask is None else list(completion.loss_mask),
+            "turns": json.dumps([[turn.start, turn.stop] for turn in completion.turns]),
+            "tool_calls": json.dumps([asdict(call) for call in completion.tool_calls], ensure_ascii=False),
             "reward": rollout.reward,
             "reward_errors": json.dumps(rollout.reward_errors, ensure_ascii=False),
             "reward_versions": json.dumps(rollout.reward_versions, ensure_ascii=False),

@@ -178,3 +178,12 @@ def test_only_what_the_wanted_stages_need_is_checked() -> None:
     require_runnable(loaded, kinds=["evaluate"])
     with pytest.raises(RecipeError, match=r"there is no file nowhere.jsonl"):
         require_runnable(loaded)
+
+
+def test_tools_are_planned_and_looked_for() -> None:
+    text = format_plan(plan("tools={use: [calculator], max_turns: 3}"))
+    assert "calculator; at most 3 turns of them in a completion" in text
+    with pytest.raises(RecipeError, match=r"tools\.use\[0\]\.name.*Did you mean calculator\?"):
+        plan("tools={use: [calclator]}")
+    with pytest.raises(RecipeError, match="either use, a list of tools, or environment"):
+        plan("tools={max_turns: 3}")
