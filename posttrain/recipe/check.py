@@ -220,10 +220,10 @@ def _reward_list(specs: list[RewardSpec], where: str, models: Collection[str]) -
             yield f"{key}.name", f"{spec.name} is listed twice."
         names.add(spec.name)
         try:
-            if spec.name not in models:
+            if spec.code not in models:
                 locate(spec)
         except PosttrainError as error:
-            yield f"{key}.{'from' if spec.from_ else 'name'}", f"{error}."
+            yield f"{key}.{'from' if spec.from_ else 'use' if spec.use else 'name'}", f"{error}."
         if spec.only_if is not None:
             try:
                 gate = Gate.parse(spec.only_if)

@@ -18,9 +18,12 @@ class RewardSpec(Section):
     """One reward function and its weight in the sum."""
 
     name: str
-    """A registered name, `package.module:function`, or `path/to/file.py:function`."""
+    """A registered name, `package.module:function`, or `path/to/file.py:function`; any name with `use`."""
+    use: str | None = None
+    """What the reward is, where `name` is only what it is called: `{name: style, use: http, args: …}`. One
+    reward can so be listed several times."""
     from_: str | None = Field(default=None, alias="from")
-    """Python file or module that registers or defines `name`."""
+    """Python file or module that registers or defines the reward."""
     weight: float | dict[int, float] = 1.0
     """Factor in the total; 0 logs the reward without using it. `{0: 1.0, 200: 0.1}` is a schedule over the
     steps of a policy stage: linear in between, constant before and after."""
@@ -33,6 +36,11 @@ class RewardSpec(Section):
     """Keyword arguments of the reward."""
     timeout: float | None = Field(default=None, gt=0.0)
     """Seconds for one sample; None is the reward's own."""
+
+    @property
+    def code(self) -> str:
+        """What the reward is, whatever it is called."""
+        return self.use or self.name
 
     @field_validator("weight", mode="before")
     @classmethod

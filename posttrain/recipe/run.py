@@ -84,7 +84,7 @@ def _load_rewards(recipe: Recipe) -> list[RewardInfo]:
     trained = recipe.trained_rewards(len(recipe.stages))
     infos: dict[str, RewardInfo] = {}
     for specs in _distinct(recipe):
-        with Scorer([spec for spec in specs if spec.name not in trained], one_worker) as scorer:
+        with Scorer([spec for spec in specs if spec.code not in trained], one_worker) as scorer:
             infos |= scorer.infos
     return list(infos.values())
 

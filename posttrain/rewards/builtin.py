@@ -11,6 +11,7 @@ answer, the rewards that compare with it do not apply.
     length_penalty   soft overlong punishment, -1 to 0
     reasoning_gym    the score of the reasoning-gym dataset itself
     code             share of tests that the program in the completion passes, in a sandbox
+    http             what a server says (`posttrain.rewards.http`)
 """
 
 from __future__ import annotations
@@ -283,11 +284,13 @@ CANONICAL_INPUTS: dict[str, Callable[[Completion, Example], Hashable]] = {"math_
 
 HEAVY = ("math_answer", "reasoning_gym")
 """Built-ins that import much and have no arguments."""
+LINEAR = ("exact_match", "numeric_match", "format", "length_penalty")
+"""Built-ins that take linear time, if they have no pattern."""
 
 
 def runs_in_process(name: str, args: Mapping[str, Any]) -> bool:
     """Whether a built-in takes linear time whatever the completion, so that it needs no killable process."""
-    return name not in (*HEAVY, "code") and "pattern" not in args
+    return name in LINEAR and "pattern" not in args
 
 
 # --- reading answers --------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 from posttrain.errors import PosttrainError, RecipeError, RewardError, RewardUnavailable
 from posttrain.rewards.counts import counting
 from posttrain.rewards.registry import (
-    BUILTIN_MODULE,
+    BUILTIN_MODULES,
     Registered,
     RewardInfo,
     RewardSource,
@@ -298,6 +298,8 @@ def load_reward(source: RewardSource) -> BoundReward:
     except (Exception, SystemExit) as error:
         raise RewardError(f"reward {source.name!r} cannot be loaded: {describe(error)}") from error
     info = declared or RewardInfo(source.name, origin=source.file or source.module or "")
+    if inspect.isclass(target) and hasattr(function, "declare"):
+        info = function.declare(info)
     sha256, place = _code_of(target, source)
     info = replace(
         info,
@@ -352,7 +354,7 @@ def _find(source: RewardSource) -> tuple[Callable[..., Any], RewardInfo | None]:
         entry: Registered = dill.loads(source.pickled)
         return entry.target, entry.info
     module = _import_file(Path(source.file)) if source.file else importlib.import_module(source.module or "")
-    name = source.attribute or source.name
+    name = source.attribute or source.registered or source.name
     known = registered(name)
     home = known.info.origin.partition(":")[0] if known else None
     if known is not None and home == module.__name__:
@@ -360,7 +362,7 @@ def _find(source: RewardSource) -> tuple[Callable[..., Any], RewardInfo | None]:
     if hasattr(module, name):
         target = getattr(module, name)
         return target, declaration_of(target)
-    if known is not None and home != BUILTIN_MODULE:  # registered by a module that this one imports
+    if known is not None and home not in BUILTIN_MODULES:  # registered by a module that this one imports
         return known.target, known.info
     raise RecipeError(f"reward {source.name!r}: {module.__name__} neither registers nor defines {name!r}")
 

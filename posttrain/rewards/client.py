@@ -120,8 +120,8 @@ class JsonClient:
     async def post(self, body: Any, path: str = "", check: Callable[[Any], Any] | None = None) -> Any:
         """Send JSON; returns the parsed answer, or what `check` makes of it.
 
-        `check` raises a ValueError, TypeError or LookupError for an answer that is not what it should be:
-        such an answer is garbage, and the request is repeated.
+        `check` raises a ValueError, or whatever it comes across, for an answer that is not what it should
+        be: such an answer is garbage, and the request is repeated.
 
         Raises:
             RewardUnavailable: every attempt found the server away (no connection, no answer in time, status
@@ -205,7 +205,7 @@ class JsonClient:
         try:
             answer = json.loads(body)
             return answer if check is None else check(answer)
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
             why = "no JSON" if isinstance(error, json.JSONDecodeError) else f"{type(error).__name__}: {error}"
             return _Failure("garbage", f"the answer is not usable, {why}: {_start(body)}")
 

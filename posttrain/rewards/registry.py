@@ -22,7 +22,8 @@ from posttrain.errors import RecipeError, RewardError
 if TYPE_CHECKING:
     from posttrain.recipe.schema import RewardSpec
 
-BUILTIN_MODULE = "posttrain.rewards.builtin"
+BUILTIN_MODULES = ("posttrain.rewards.builtin", "posttrain.rewards.http")
+"""Those that register posttrain's own rewards; they import nothing heavy."""
 ENTRY_POINT_GROUP = "posttrain.rewards"
 DEFAULT_TIMEOUT = 10.0
 UNDECLARED = "0"
@@ -74,9 +75,9 @@ class Registered:
 class RewardSource:
     """Where a fresh process finds a reward's code, and what to bind to it.
 
-    Exactly one of `module` (import path), `file` and `pickled` (for code that cannot be imported: functions
-    of a script, a notebook or another function) is set. `attribute` is looked up there; None means the
-    reward registered under `name`.
+    `name` is what the recipe calls it. Exactly one of `module` (import path), `file` and `pickled` (for code
+    that cannot be imported: functions of a script, a notebook or another function) is set. There the reward
+    is `attribute`, or the one `registered` under a name.
     """
 
     name: str
@@ -84,6 +85,7 @@ class RewardSource:
     file: str | None = None
     pickled: bytes | None = None
     attribute: str | None = None
+    registered: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
     timeout: float | None = None
 
@@ -109,8 +111,10 @@ def reward(
         f(completions: list[Completion], examples: list[Example]) -> list      `batched=True`
         f(prompts, completions, completion_ids, **columns) -> list             TRL's convention, by its names
     and may be `async`. A class is constructed with the recipe's `args`; to a function they are passed as
-    keyword arguments. None means that the reward does not apply to the sample. A batch is the completions
-    of one group, so that values depend neither on the number of workers nor on what else is in the step.
+    keyword arguments. An instance may have a method `declare(info: RewardInfo) -> RewardInfo`, which returns
+    what is declared here with what depends on its arguments. None means that the reward does not apply to
+    the sample. A batch is the completions of one group, so that values depend neither on the number of
+    workers nor on what else is in the step.
 
     Args:
         name: what recipes call it.
@@ -161,7 +165,7 @@ def reward(
 
 def registered(name: str) -> Registered | None:
     """The reward declared under a name in this process, if there is one."""
-    importlib.import_module(BUILTIN_MODULE)
+    _import_builtins()
     return _registered.get(name)
 
 
@@ -175,7 +179,7 @@ def known_rewards() -> dict[str, RewardInfo]:
 
     Those of entry points are not imported: their version is that of the distribution.
     """
-    importlib.import_module(BUILTIN_MODULE)
+    _import_builtins()
     infos = {name: entry.info for name, entry in _registered.items()}
     for name, point in _entry_points().items():
         version = point.dist.version if point.dist else UNDECLARED
@@ -186,35 +190,35 @@ def known_rewards() -> dict[str, RewardInfo]:
 def locate(spec: RewardSpec) -> RewardSource:
     """Find the code of a recipe's reward without running user code or importing anything heavy.
 
-    `spec.name` is looked up in the file or module `spec.from_` if that is given; otherwise it is
-    `package.module:attribute`, `path/to/file.py:attribute` (from the working directory), a registered
-    name, or a name of the entry-point group `posttrain.rewards`.
+    `spec.code` (`use`, or the name) is looked up in the file or module `spec.from_` if that is given;
+    otherwise it is `package.module:attribute`, `path/to/file.py:attribute` (from the working directory), a
+    registered name, or a name of the entry-point group `posttrain.rewards`.
 
     Raises:
         RecipeError: no such reward, file, module, or name in the file (the message names the nearest), or a
             built-in that refuses its arguments.
     """
     bound: dict[str, Any] = {"args": dict(spec.args), "timeout": spec.timeout}
-    if spec.from_ is not None or ":" in spec.name:
-        place, _, attribute = spec.name.rpartition(":")
+    if spec.from_ is not None or ":" in spec.code:
+        place, _, attribute = spec.code.rpartition(":")
         if spec.from_ is not None:
-            place, attribute = spec.from_, spec.name
+            place, attribute = spec.from_, spec.code
         if place.endswith(".py"):
             _check_file(spec.name, Path(place), attribute)
             return RewardSource(spec.name, file=str(Path(place).absolute()), attribute=attribute, **bound)
         _check_module(spec.name, place)
         return RewardSource(spec.name, module=place, attribute=attribute, **bound)
-    entry = registered(spec.name)
+    entry = registered(spec.code)
     if entry is not None:
-        source = _source_of(entry, bound)
+        source = _source_of(spec.name, entry, bound)
         _check_builtin(source)
         return source
-    point = _entry_points().get(spec.name)
+    point = _entry_points().get(spec.code)
     if point is not None:
-        return RewardSource(spec.name, module=point.module, attribute=point.attr or spec.name, **bound)
+        return RewardSource(spec.name, module=point.module, attribute=point.attr or spec.code, **bound)
     names = list(known_rewards())
     raise RecipeError(
-        f"no reward named {spec.name!r}{nearest(spec.name, names)}; registered: {', '.join(names)}"
+        f"no reward named {spec.code!r}{nearest(spec.code, names)}; registered: {', '.join(names)}"
     )
 
 
@@ -230,7 +234,7 @@ def provenance(info: RewardInfo) -> str:
 
 def is_builtin(source: RewardSource) -> bool:
     """Whether the reward is one of posttrain's own, found by its registered name."""
-    return source.module == BUILTIN_MODULE and source.attribute is None
+    return source.module in BUILTIN_MODULES and source.registered is not None
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
@@ -243,14 +247,19 @@ def _check_builtin(source: RewardSource) -> None:
     from posttrain.rewards.builtin import HEAVY
     from posttrain.rewards.calling import load_reward
 
-    if is_builtin(source) and (source.args or source.name not in HEAVY):
+    if is_builtin(source) and (source.args or source.registered not in HEAVY):
         load_reward(source)
 
 
-def _source_of(entry: Registered, bound: dict[str, Any]) -> RewardSource:
+def _import_builtins() -> None:
+    for module in BUILTIN_MODULES:
+        importlib.import_module(module)
+
+
+def _source_of(name: str, entry: Registered, bound: dict[str, Any]) -> RewardSource:
     module, _, qualname = entry.info.origin.partition(":")
     if module != "__main__" and "<locals>" not in qualname:
-        return RewardSource(entry.info.name, module=module, **bound)
+        return RewardSource(name, module=module, registered=entry.info.name, **bound)
     import dill  # type: ignore[import-untyped]
 
     try:
@@ -260,7 +269,7 @@ def _source_of(entry: Registered, bound: dict[str, Any]) -> RewardSource:
             f"reward {entry.info.name!r} cannot be sent to a worker process ({error}); define it at the top "
             "level of a file or module"
         ) from error
-    return RewardSource(entry.info.name, pickled=pickled, **bound)
+    return RewardSource(name, pickled=pickled, **bound)
 
 
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:

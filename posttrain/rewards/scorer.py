@@ -116,11 +116,11 @@ class Scorer:
             raise RecipeError(f"reward {repeated[0]!r} is listed twice")
         sources = [locate(spec) for spec in specs]
         self.combination = Combination(specs)
-        builtin = {source.name for source in sources if is_builtin(source)}
-        local = [s for s in sources if s.name in builtin and runs_in_process(s.name, s.args)]
+        builtin = {source.name: source.registered or "" for source in sources if is_builtin(source)}
+        local = [s for s in sources if s.name in builtin and runs_in_process(builtin[s.name], s.args)]
         self._remote = [source for source in sources if source not in local]
         self._local = {source.name: load_reward(source) for source in local}
-        self._canonical = {name: key for name, key in CANONICAL_INPUTS.items() if name in builtin}
+        self._canonical = {name: CANONICAL_INPUTS.get(known) for name, known in builtin.items()}
         self._workers = options.workers
         self._share = share
         self._max_outage = options.max_outage

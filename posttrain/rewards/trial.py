@@ -90,17 +90,17 @@ class Trial:
 
 def gold_examples(spec: RewardSpec) -> list[Example]:
     """Gold samples for a reward when the user has none: `columns["completion"]` is the right completion."""
-    if spec.name == "reasoning_gym":
+    if spec.code == "reasoning_gym":
         from posttrain.data.sources import load_examples
         from posttrain.recipe.schema import DataSource
 
         return load_examples(DataSource(reasoning_gym="chain_sum", size=len(MATHS)))
-    if spec.name == "format":
+    if spec.code == "format":
         text = "".join(f"<{tag}>so it is</{tag}>" for tag in spec.args.get("tags", ()))
         return [Example("tags", "Say so.", None, {"completion": text})] if text else []
-    if spec.name == "code":
+    if spec.code == "code":
         return [CODE]
-    if spec.name == "length_penalty":
+    if spec.code == "length_penalty":
         return [Example("short", "Be brief.", None, {"completion": "yes"})]
     return MATHS
 

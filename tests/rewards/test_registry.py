@@ -21,6 +21,7 @@ def test_known_rewards():
         "code",
         "exact_match",
         "format",
+        "http",
         "length_penalty",
         "math_answer",
         "numeric_match",
@@ -29,9 +30,9 @@ def test_known_rewards():
     assert known["length_penalty"].range == (-1.0, 0.0)
     for info in known.values():
         assert info.doc
-        assert info.range
+        assert info.range or info.name == "http"  # that of a server is an argument
         assert info.version != "0"
-        assert info.origin.startswith("posttrain.rewards.builtin:")
+        assert info.origin.startswith("posttrain.rewards.")
 
 
 def test_listing_and_locating_import_nothing_heavy():
@@ -43,7 +44,8 @@ known_rewards()
 for name in ("math_answer", "reasoning_gym", "exact_match", "trl.rewards:x", {FAULTY + ":act"!r}):
     locate(RewardSpec(name=name))
 locate(RewardSpec(name="format", args={{"tags": ["think"]}}))
-heavy = {{"torch", "transformers", "trl", "math_verify", "reasoning_gym", "sympy", "numpy", "dill"}}
+locate(RewardSpec(name="http", args={{"url": "http://node1:8000"}}))
+heavy = {{"torch", "transformers", "trl", "math_verify", "reasoning_gym", "sympy", "numpy", "dill", "aiohttp"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -286,3 +288,61 @@ print(rollout.rewards)
         [sys.executable, tmp_path / "script.py"], check=True, capture_output=True, text=True, cwd=tmp_path
     )
     assert done.stdout == "started\n{'mine': 4.0, 'mine_too': 14.0}\n"
+
+
+# --- names that are only names
+
+STYLED = """
+from posttrain import reward
+
+@reward("styled", deterministic=False)
+class Styled:
+    def __init__(self, length):
+        self.length = length
+
+    def declare(self, info):
+        from dataclasses import replace
+        return replace(info, timeout=float(self.length), range=(0.0, 9.0), deterministic=True, concurrency=3)
+
+    def __call__(self, completion, example):
+        return min(self.length, len(completion.text))
+"""
+
+
+def test_one_reward_under_several_names(tmp_path):
+    (tmp_path / "styled_rewards.py").write_text(STYLED)
+    specs = [
+        {"name": "long", "use": "styled", "from": str(tmp_path / "styled_rewards.py"), "args": {"length": 7}},
+        {"name": "short", "use": f"{tmp_path}/styled_rewards.py:Styled", "args": {"length": 2}},
+        {"name": "right", "use": "exact_match", "weight": 100},
+        {"name": "exact_match", "use": "math_answer", "weight": 1000},
+    ]
+    with make_scorer(*specs) as scorer:
+        rollouts = make_rollouts(["\\boxed{42.0}", "x"])
+        scorer.score(rollouts)
+        infos = scorer.infos
+    assert rollouts[0].rewards == {"long": 7.0, "short": 2.0, "right": 0.0, "exact_match": 1.0}
+    assert rollouts[0].reward == 1009.0
+    assert list(infos) == ["long", "short", "right", "exact_match"]
+    # What depends on the arguments is declared by the instance.
+    assert [infos[name].timeout for name in ("long", "short")] == [7.0, 2.0]
+    assert (infos["long"].range, infos["long"].concurrency) == ((0.0, 9.0), 3)
+    assert infos["long"].deterministic
+    assert infos["long"].sha256 == infos["short"].sha256
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use": "math_answr"}, r"no reward named 'math_answr' \(did you mean 'math_answer'\?\)"),
+        ({"use": "format"}, "needs either tags"),
+        ({"use": "http"}, "missing a required argument: 'url'"),
+        ({"use": "http", "args": {"url": "node1"}}, "'node1' is not an address"),
+        ({"use": "http", "args": {"url": "http://node1", "retries": -1}}, "and retries >= 0"),
+        ({"use": "http", "args": {"url": "http://node1", "range": [1, 0]}}, r"is \[lowest, highest\]"),
+        ({"use": "http", "args": {"url": "http://node1", "token_env": "NO_SUCH_T"}}, "NO_SUCH_T is not set"),
+    ],
+)
+def test_what_is_wrong_with_the_reward_behind_a_name(options, message):
+    with pytest.raises(RecipeError, match=message):
+        locate(spec("style", **options))
