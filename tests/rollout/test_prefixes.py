@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers import make_tiny_model
 
 from posttrain.recipe.schema import ModelConfig
 from posttrain.rollout.build import load_model, load_tokenizer
@@ -12,7 +13,6 @@ from posttrain.rollout.engine import fork_requests
 from posttrain.rollout.prefixes import Host, find_hosts, prefix_reuse, tail_length
 from posttrain.rollout.transformers import TransformersEngine
 from posttrain.rollout.types import Example, Rollout, RolloutRequest, Sampling
-from tests.helpers import make_tiny_model
 
 
 def test_beginnings_go_with_the_longest():
