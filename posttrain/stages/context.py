@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from posttrain.recipe.schema import (
     PolicyStage,
     Recipe,
     RewardModelConfig,
+    RewardSpec,
     SftStage,
 )
+from posttrain.rewards.scorer import Scorer
 from posttrain.rollout.weights import saved_weights
 from posttrain.training.checkpoint import Checkpointer
 from posttrain.training.manifest import STAGING, publish
@@ -83,10 +85,19 @@ class StageContext:
         }
         return {**self.recipe.reward_models, **trained}
 
-    @property
-    def reward_cache(self) -> Path:
-        """This process's file of reward values; those of the other processes and stages are beside it."""
-        return self.run_dir / "cache" / "rewards" / f"{self.rank}.jsonl"
+    def scorer(self, rewards: Sequence[RewardSpec]) -> Scorer:
+        """What scores this stage's rollouts, with the values that the run knows already.
+
+        Every process has a file of values of its own; those of the other processes and stages are beside it.
+        A signal ends the waiting for a server that is away, wherever in a step that is.
+        """
+        return Scorer(
+            rewards,
+            self.recipe.reward_options,
+            self.run_dir / "cache" / "rewards" / f"{self.rank}.jsonl",
+            say=self.say,
+            check=self.stop.check,
+        )
 
     def log_step(self, step: int, steps: int, metrics: dict[str, Any]) -> None:
         """Write one line of `metrics.jsonl` and show it."""

@@ -51,7 +51,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     engine = build_engine(recipe.rollout, context.model, tokenizer, seed=SEED)
     engine = with_tools(engine, recipe.tools, prompts)
     try:
-        with Scorer(rewards, recipe.reward_options, context.reward_cache) as scorer:
+        with context.scorer(rewards) as scorer:
             sampled = _answer(requests, engine, scorer, context, "sampling")
             greedy = None
             if "greedy" in stage.metrics:
