@@ -10,9 +10,26 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+)
+"""How the variables of `accelerate launch` and `torchrun` begin."""
 LOOK_EVERY = 0.5
 """Seconds between two looks at the parent."""
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a process of its own: it must not take itself for one of the trainer's ranks."""
+    return {name: value for name, value in environment.items() if not name.startswith(LAUNCHER_VARIABLES)}
 
 
 def main(parent: int, command: list[str]) -> None:

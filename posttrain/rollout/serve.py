@@ -12,19 +12,10 @@ import torch
 
 import posttrain
 from posttrain.recipe.schema import ServerConfig
+from posttrain.rollout.guard import without_launcher
 
 MODEL_NAME = "policy"
 WORKER_EXTENSION = "posttrain.rollout.vllm_worker.WeightLoader"
-_LAUNCHER_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "MASTER_",
-    "LOCAL_",
-    "GROUP_",
-    "ROLE_",
-    "TORCHELASTIC_",
-    "ACCELERATE_",
-)
 
 
 def serve_command(path: str, options: dict[str, Any], *, transfer: bool) -> Callable[[int], list[str]]:
@@ -60,9 +51,7 @@ def _flag(name: str, value: Any) -> list[str]:
 
 def serve_environment(index: int, folder: Path, *, lora: bool) -> dict[str, str]:
     """The environment of replica `index`; its sockets go to `folder`."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_VARIABLES)
-    }
+    environment = without_launcher(os.environ)
     # Weights are never exchanged as pickles.
     environment.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", None)
     package = str(Path(posttrain.__file__).parent.parent)
