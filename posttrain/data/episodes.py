@@ -32,7 +32,7 @@ def text_cuts(text: str, config: EpisodeConfig) -> list[int]:
 
 
 def split_episodes(text: str, config: EpisodeConfig) -> list[str]:
-    """The episodes of a trace without the line breaks at their ends; of an empty trace one, which is empty."""
+    """The episodes of a trace without the line breaks at their ends; an empty trace is one empty episode."""
     bounds = [0, *text_cuts(text, config), len(text)]
     return [text[start:end].rstrip("\n") for start, end in pairwise(bounds)]
 
@@ -83,6 +83,14 @@ def find_thinking(
     cuts = sorted({_token_at(ends, begin + cut) for cut in text_cuts(text[begin:finish], config.episodes)})
     answer = None if close < 0 else bisect_left(ends, close + len(config.close)) + 1
     return Thinking(start, end, answer, tuple(cut for cut in cuts if start < cut < end))
+
+
+def token_places(
+    token_ids: Sequence[int], decode: Callable[[list[list[int]]], list[str]], characters: Sequence[int]
+) -> list[int]:
+    """How many tokens lie wholly before each of some characters of their text."""
+    ends = _text_ends(list(token_ids), decode)
+    return [_token_at(ends, place) for place in characters]
 
 
 def _after_tag(text: str, tag: str) -> int:
