@@ -2,6 +2,7 @@
 
 registry   declare rewards, list them, find the one a recipe names
 builtin    the rewards that come with posttrain
+maths      what math-verify would say, where asking it is not needed
 code_tests and sandbox   what model-written programs are judged by, and where they run
 calling    load a reward's code and call it by its convention
 worker     the killable process in which it runs

@@ -27,6 +27,7 @@ from typing import Any, get_args
 from posttrain.data.answers import extract_answer
 from posttrain.errors import RecipeError
 from posttrain.rewards.code_tests import CodeRun, extract_code, parse_tests
+from posttrain.rewards.maths import differ_at_a_point, same_plain_numbers, undelimited
 from posttrain.rewards.registry import reward
 from posttrain.rewards.sandbox import Isolation, Limits, Sandbox
 from posttrain.rollout.types import Completion, Example
@@ -53,15 +54,21 @@ class MathAnswer:
         answer, reference = answer_pair(completion, example)
         if reference is None:
             return None
+        same = None if answer is None else same_plain_numbers(answer, reference)
+        if same is not None:
+            return float(same)
         gold = self._parse(reference)
         if not gold:
             raise ValueError(f"answer {reference!r} of the example cannot be parsed")
         if answer is None:
             return 0.0
+        if undelimited(answer) == undelimited(reference):
+            return 1.0
+        parsed = self._parse(answer)
+        if differ_at_a_point(gold, parsed):
+            return 0.0
         # No time-out of its own, which is by SIGALRM: the process is killed instead.
-        return float(
-            self._library.verify(gold, self._parse(answer), timeout_seconds=None, raise_on_error=True)
-        )
+        return float(self._library.verify(gold, parsed, timeout_seconds=None, raise_on_error=True))
 
     def _parse_uncached(self, text: str) -> list[Any]:
         r"""What math-verify reads in an answer; empty if nothing.

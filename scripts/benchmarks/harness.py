@@ -25,6 +25,7 @@ BENCHES = {
     "generate": "generate",
     "first-step": "first_step",
     "whole-step": "whole_step",
+    "rewards": "rewards",
 }
 CUDA_BENCHES = ("train-step", "train-memory", "whole-step")
 REPEATS = 5

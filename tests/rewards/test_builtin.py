@@ -1,6 +1,9 @@
 import re
 
+import math_verify
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rewards.scoring import completion
 
 from posttrain.errors import RecipeError
@@ -14,6 +17,7 @@ from posttrain.rewards.builtin import (
     numeric_match,
     parse_number,
 )
+from posttrain.rewards.maths import same_plain_numbers
 from posttrain.rollout.types import Example
 
 
@@ -78,6 +82,63 @@ def test_an_unreadable_reference_is_an_error_for_every_completion(math_answer, t
 def test_a_degenerate_reference_is_an_error(math_answer):
     with pytest.raises(ValueError, match="nan or zoo"):
         math_answer(completion("\\boxed{3}"), example("\\frac{1}{0}"))
+
+
+def slowly(answer, reference):
+    """What math-verify says if it is asked everything."""
+    reward = MathAnswer()
+    gold, parsed = reward._parse_uncached(reference), reward._parse_uncached(answer)
+    return float(math_verify.verify(gold, parsed, timeout_seconds=None, raise_on_error=True))
+
+
+whole = st.integers(0, 10**6)
+NUMBERS = st.one_of(
+    whole.map(str),
+    whole.map("{:,}".format),
+    st.builds("-{}".format, whole),
+    st.builds("{}.{}".format, st.integers(0, 999), st.integers(0, 99_999)),
+    st.builds("{}/{}".format, st.integers(0, 99), st.integers(1, 99)),
+    st.builds("-\\frac{{{}}}{{{}}}".format, st.integers(1, 99), st.integers(1, 99)),
+    st.builds("\\dfrac{{{}}}{{{}}}".format, st.integers(-99, 99), st.integers(1, 99)),
+    st.sampled_from(
+        ["0.5", "1/2", "\\frac{2}{4}", "0.50", "1234", "1,234", "-0", "$7$", "$-3/4$", "007", "1/0"]
+    ),
+)
+
+
+TUPLES = st.lists(NUMBERS, min_size=2, max_size=3).map(lambda values: f"({', '.join(values)})")
+LIKE = st.one_of(st.tuples(NUMBERS, NUMBERS), st.tuples(TUPLES, TUPLES))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(LIKE)
+def test_plain_numbers_are_judged_as_math_verify_does(pair):
+    answer, reference = pair
+    quick = same_plain_numbers(answer, reference)
+    assert quick is None or quick == slowly(answer, reference)
+    same = same_plain_numbers(answer, answer)
+    assert same is None or slowly(answer, answer) == 1.0
+
+
+EXPRESSIONS = [
+    "2\\sqrt{3}", "\\sqrt{12}", "2\\sqrt{8}", "x^2+3x+2", "(x+1)(x+2)", "x^2+3x-2", "\\pi", "3.14159265",
+    "50\\%", "50", "x", "x=5", "5", "(1,2)", "(1, 3)", "[1,2]", "\\{1,2\\}", "1 < x < 2", "\\frac{x}{x}",
+    "1", "\\frac{1}{x}", "\\text{east}", "east", "\\infty", "1+2i", "\\sin^2 x + \\cos^2 x", "|x|",
+    "\\sqrt{x^2}", "x^{1/2}", "\\frac{1}{0}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "2^{10}", "1024",
+    "0.3333333", "\\frac{1}{3}", "10!", "\\log_2 8", "e^x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reference", EXPRESSIONS)
+def test_expressions_are_judged_as_math_verify_does(math_answer, reference):
+    """Against those beside it in the list, itself, and itself between dollars."""
+    at = EXPRESSIONS.index(reference)
+    for answer in (*EXPRESSIONS[max(at - 3, 0) : at + 4], f"${reference}$"):
+        try:
+            expected = slowly(answer, reference)
+        except Exception:
+            continue  # it is an error there, and no value here contradicts it
+        assert math_answer(completion(f"\\boxed{{{answer}}}"), example(reference)) == expected, answer
 
 
 def test_math_answer_depends_on_its_merge_key_alone():
