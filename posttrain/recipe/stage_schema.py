@@ -56,6 +56,9 @@ class LossConfig(Section):
     """The ratio is clipped below at 1 - clip_low; PPO's 0.2."""
     clip_high: float | None = Field(default=None, gt=0.0)
     """None is `clip_low`; 0.28 is DAPO's clip-higher. For cispo the cap of the ratio is 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1.0)
+    """Bounds the loss of a token with a negative advantage at this ratio (Ye et al. 2020, equation 5, where
+    it is 3), so that one token that became much likelier cannot dominate. None does not."""
     scale: Literal["group", "batch", "none"] | None = None
     """Divide advantages by the standard deviation of the group, of the batch, or not at all. None is what
     the loss's paper does: `none` for dr_grpo and rloo, `batch` for reinforce_pp, `group` for the others."""

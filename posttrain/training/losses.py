@@ -168,6 +168,9 @@ def _surrogate(
         # MiniMax 2025: the ratio only weights REINFORCE's gradient, so no token's gradient is cut off.
         return -ratio.detach().clamp(max=high) * advantages * logprobs
     surrogate = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    if config.dual_clip is not None:
+        bounded = torch.minimum(surrogate, -config.dual_clip * advantages)
+        surrogate = torch.where(advantages < 0, bounded, surrogate)
     if config.kind == "rloo":
         # The term belongs to the completion and its tokens share it; `token_weights` sums over them.
         surrogate = surrogate / _lengths(sequence)

@@ -1,0 +1,202 @@
+"""HDPO: use tools only where they pay ("Act wisely", Alibaba and HUST, arXiv:2604.08545).
+
+Accuracy and economy are never added up as rewards. Accuracy is an ordinary channel over all completions of a
+group; economy is a second one over the *correct* ones alone, normalised among themselves:
+
+    for each group g:
+        Q = the correct completions of g
+        r_i = 1 / (1 + cost_i)                                       for i in Q
+        A_i = (r_i - mean of r over Q) / (standard deviation + 1e-6)  if |Q| >= 2
+        A_i = 0                                                       for all others
+    loss = L(accuracy advantages) + weight * L(A), each clipped by itself
+
+A wrong completion learns nothing about economy, so giving up early is not rewarded; and while a prompt has
+fewer than two correct completions the channel is silent, so correctness comes first without a schedule. The
+weight is an exchange rate: two ways of answering that are tried equally often, one with a call and one
+without, change places at a difference in accuracy of about weight · 2p·sqrt(p(1-p)).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from posttrain.errors import TrainingError
+from posttrain.methods.base import Channel, Method, StepContext
+from posttrain.rollout.types import Completion, Rollout, RolloutBatch
+from posttrain.training.advantages import Floats, group_advantages
+
+SOLUTION = "solution"
+EFFICIENCY = "efficiency"
+EPSILON = 1e-6
+"""Added to the channel's standard deviations, as in the authors' code."""
+
+Cost = Literal["calls", "seconds", "tokens"]
+Shape = Literal["reciprocal", "linear"]
+
+
+class Config(BaseModel):
+    """Options of HDPO; the defaults are the paper's unless it says otherwise."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weight: float = Field(default=0.15, ge=0.0)
+    """Of the efficiency channel beside the accuracy channel's 1. 0 is plain GRPO."""
+    cost: Cost = "calls"
+    """What is saved: trips to tools (failed and malformed ones count), the seconds that tools took, or the
+    tokens of the completion with all that tools said. Seconds are not the same in every run."""
+    unit: float = Field(default=1.0, gt=0.0)
+    """What counts as one unit of cost: with `tokens` 100 makes 1 / (1 + tokens / 100)."""
+    shape: Shape = "reciprocal"
+    """`reciprocal`: 1 / (1 + cost), which tells 0 from 1 better than 3 from 4. `linear`: -cost."""
+    normalizer: Literal["all", "qualifying"] = "all"
+    """Tokens that the channel's loss is divided by: those of all completions, as in the paper's formula, or
+    of those with an advantage other than 0, as in the authors' code, which raises the weight of the few."""
+    combine: Literal["loss", "advantage"] = "loss"
+    """`loss`: two clipped losses. `advantage`: the sum of the advantages, in one."""
+    divide_by_std: bool = True
+    """Off: advantages are only centred (Dr. GRPO), where this method makes them."""
+    conditional: bool = True
+    """Off compares all completions, wrong ones with an economy of 0: the ablation that learns accuracy a
+    second time."""
+    reward: str | None = None
+    """The reward that says what is correct; None is the one the recipe lists first."""
+    threshold: float = 1.0
+    """Correct is a reward of at least this."""
+
+
+def costs(completions: Sequence[Completion], cost: Cost) -> Floats:
+    """What each completion spent: calls, seconds of tools, or tokens."""
+    match cost:
+        case "calls":
+            spent = [len(completion.tool_calls) for completion in completions]
+        case "seconds":
+            spent = [sum(call.seconds for call in completion.tool_calls) for completion in completions]
+        case "tokens":
+            spent = [len(completion.token_ids) for completion in completions]
+    return np.array(spent, dtype=np.float64)
+
+
+def economy(cost: Floats, correct: NDArray[np.bool_], shape: Shape = "reciprocal") -> Floats:
+    """The efficiency reward of every completion: 1 / (1 + cost), or -cost; 0 for wrong ones."""
+    values = 1.0 / (1.0 + cost) if shape == "reciprocal" else -cost
+    return np.where(correct, values, 0.0)
+
+
+def efficiency_advantages(
+    rewards: Floats,
+    qualifies: NDArray[np.bool_],
+    groups: Sequence[Hashable],
+    *,
+    divide_by_std: bool = True,
+) -> Floats:
+    """Advantages among the qualifying completions of each group; 0 for all others.
+
+    They are 0, too, where fewer than two of a group qualify (there is nothing to compare with) and where
+    those that do have equal rewards. Adding wrong completions to a group changes nothing.
+    """
+    advantages = np.zeros(len(rewards))
+    members = np.flatnonzero(qualifies)
+    advantages[members] = group_advantages(
+        rewards[members],
+        [groups[index] for index in members],
+        "group" if divide_by_std else "none",
+        EPSILON,
+    )
+    return advantages
+
+
+class Hdpo(Method):
+    """The efficiency channel; accuracy is the trainer's own "outcome" channel."""
+
+    name = "hdpo"
+    Config = Config
+
+    def channels(self, batch: RolloutBatch, context: StepContext) -> list[Channel]:
+        """Raises:
+        TrainingError: a rollout lacks the reward that says what is correct.
+        """
+        config: Any = self.config
+        rollouts = batch.with_role(SOLUTION).rollouts
+        correct = np.array([self._is_correct(rollout) for rollout in rollouts], dtype=bool)
+        spent = costs([rollout.completion for rollout in rollouts], config.cost)
+        groups = [rollout.request.group for rollout in rollouts]
+        advantages = efficiency_advantages(
+            economy(spent / config.unit, correct, config.shape),
+            correct if config.conditional else np.ones(len(correct), dtype=bool),
+            groups,
+            divide_by_std=config.divide_by_std,
+        )
+        rewards = np.array([rollout.reward for rollout in rollouts], dtype=np.float64)
+        scale: Literal["group", "none"] = "group" if config.divide_by_std else "none"
+        accuracy = group_advantages(rewards, groups, scale, EPSILON)
+        self._log(context, rollouts, correct, advantages, accuracy)
+        if config.weight == 0:
+            return []
+        if config.combine == "advantage":
+            share = _share_of_tokens(rollouts, advantages) if config.normalizer == "qualifying" else 1.0
+            summed = accuracy + config.weight / (share or 1.0) * advantages
+            return [Channel("outcome", _by_id(rollouts, summed))]
+        kept = np.ones(len(rollouts), dtype=bool) if config.normalizer == "all" else _active(advantages)
+        chosen = [rollout for rollout, keep in zip(rollouts, kept, strict=True) if keep]
+        return [Channel(EFFICIENCY, _by_id(chosen, advantages[kept]), config.weight)]
+
+    def _is_correct(self, rollout: Rollout) -> bool:
+        name = self.config.reward or next(iter(rollout.rewards), None)
+        if name is None or rollout.rewards.get(name) is None:
+            known = ", ".join(rollout.rewards) or "none"
+            raise TrainingError(
+                f"hdpo: rollout {rollout.id!r} has no value of reward {name!r}, which says what is correct; "
+                f"it has {known}"
+            )
+        return float(rollout.rewards[name] or 0.0) >= self.config.threshold
+
+    def _log(
+        self,
+        context: StepContext,
+        rollouts: Sequence[Rollout],
+        correct: NDArray[np.bool_],
+        advantages: Floats,
+        accuracy: Floats,
+    ) -> None:
+        """Whether the channel has something to say, and what the policy does."""
+        sizes: dict[str, list[bool]] = {}
+        signals: dict[str, list[bool]] = {}
+        for rollout, right, active in zip(rollouts, correct, _active(advantages), strict=True):
+            sizes.setdefault(rollout.request.group, []).append(bool(right))
+            signals.setdefault(rollout.request.group, []).append(bool(active))
+            calls = [call.arguments for call in rollout.completion.tool_calls]
+            context.log("redundant_calls", len(calls) >= 2 and max(Counter(calls).values()) >= 2)
+            family = rollout.request.example.columns.get("family")
+            if family is not None:
+                context.log(f"tool_use/{family}", bool(calls))
+                context.log(f"calls/{family}", len(calls))
+                context.log(f"correct/{family}", bool(right))
+        for group in sizes:
+            context.log("qualifying_groups", sum(sizes[group]) >= 2)
+            context.log("active_groups", any(signals[group]))
+        context.log("token_share", _share_of_tokens(rollouts, advantages))
+        context.log("conflicts", float(np.mean((accuracy > 0) & (advantages < 0))) if len(rollouts) else 0.0)
+
+
+def _by_id(rollouts: Sequence[Rollout], values: Floats) -> dict[str, float]:
+    return {rollout.id: float(value) for rollout, value in zip(rollouts, values, strict=True)}
+
+
+def _share_of_tokens(rollouts: Sequence[Rollout], advantages: Floats) -> float:
+    """Share of the policy's tokens (of this process) that are in completions with an advantage."""
+    tokens = np.array([rollout.completion.sampled_tokens for rollout in rollouts], dtype=np.float64)
+    return float(tokens[_active(advantages)].sum() / max(tokens.sum(), 1.0))
+
+
+def _active(advantages: Floats) -> NDArray[np.bool_]:
+    """Which advantages are not 0, rounding aside."""
+    return np.abs(advantages) > 1e-9
+
+
+METHOD = Hdpo
