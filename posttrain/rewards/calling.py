@@ -69,14 +69,14 @@ class Result:
 class BoundReward:
     """A reward with its arguments, ready to be called.
 
-    `style` is its calling convention, `concurrent` whether it is async, `sees_step` whether it can tell the
-    step by its arguments.
+    `function` is what is called, `style` its calling convention, `concurrent` whether it is async,
+    `sees_step` whether it can tell the step by its arguments.
     """
 
     def __init__(self, info: RewardInfo, function: Callable[..., Any], style: Style, args: Mapping[str, Any]):
         self.info = info
         self.style = style
-        self._function = function
+        self.function = function
         self._args = args
         self.sees_step = style == "trl" and _takes(function, "trainer_state")
         self.concurrent = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
@@ -88,7 +88,7 @@ class BoundReward:
         start = time.perf_counter()
         with counting() as counts:
             try:
-                outcomes = self._outcomes(self._invoke(samples, step), len(samples))
+                outcomes = self.outcomes(self._invoke(samples, step), len(samples))
             except (Exception, SystemExit) as error:
                 outcomes = [_failure(error)] * len(samples)
         return Result(outcomes, time.perf_counter() - start, counts)
@@ -104,7 +104,7 @@ class BoundReward:
             try:
                 async with limit:
                     result = await self._invoke(samples, step)
-                outcomes = self._outcomes(result, len(samples))
+                outcomes = self.outcomes(result, len(samples))
             except (Exception, SystemExit) as error:
                 late = limit.expired()
                 outcomes = [timeout_outcome(budget) if late else _failure(error)] * len(samples)
@@ -114,12 +114,13 @@ class BoundReward:
         completions = [completion for completion, _ in samples]
         examples = [example for _, example in samples]
         if self.style == "completion":
-            return self._function(completions[0], examples[0], **self._args)
+            return self.function(completions[0], examples[0], **self._args)
         if self.style == "batch":
-            return self._function(completions, examples, **self._args)
-        return self._function(**trl_arguments(self._function, completions, examples, step, self._args))
+            return self.function(completions, examples, **self._args)
+        return self.function(**trl_arguments(self.function, completions, examples, step, self._args))
 
-    def _outcomes(self, result: Any, count: int) -> list[Outcome]:
+    def outcomes(self, result: Any, count: int) -> list[Outcome]:
+        """What the reward's result says about each of `count` samples."""
         if self.style == "completion":
             return [to_outcome(result, self.info.range)]
         values = list(result)
@@ -152,9 +153,14 @@ def without_logprobs(sample: Sample) -> Sample:
 
 
 def to_outcome(value: Any, bounds: tuple[float, float] | None) -> Outcome:
-    """Accept None, a bool, int, float, NumPy scalar or 0-d tensor; anything else is an error."""
+    """Accept None, a bool, int, float, NumPy scalar or 0-d tensor; anything else is an error.
+
+    In a batch an exception in place of a value says why there is none.
+    """
     if value is None:
         return Outcome()
+    if isinstance(value, Exception):
+        return _failure(value)
     number = value
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         number = value.item()
@@ -298,6 +304,7 @@ def load_reward(source: RewardSource) -> BoundReward:
     except (Exception, SystemExit) as error:
         raise RewardError(f"reward {source.name!r} cannot be loaded: {describe(error)}") from error
     info = declared or RewardInfo(source.name, origin=source.file or source.module or "")
+    info = replace(info, batched=style != "completion")
     if inspect.isclass(target) and hasattr(function, "declare"):
         info = function.declare(info)
     sha256, place = _code_of(target, source)
@@ -305,7 +312,6 @@ def load_reward(source: RewardSource) -> BoundReward:
         info,
         name=source.name,
         timeout=source.timeout or info.timeout,
-        batched=style != "completion",
         kind="class" if inspect.isclass(target) else info.kind,
         sha256=sha256,
         place=place,

@@ -22,7 +22,7 @@ from posttrain.errors import RecipeError, RewardError
 if TYPE_CHECKING:
     from posttrain.recipe.schema import RewardSpec
 
-BUILTIN_MODULES = ("posttrain.rewards.builtin", "posttrain.rewards.http")
+BUILTIN_MODULES = ("posttrain.rewards.builtin", "posttrain.rewards.http", "posttrain.rewards.judge")
 """Those that register posttrain's own rewards; they import nothing heavy."""
 ENTRY_POINT_GROUP = "posttrain.rewards"
 DEFAULT_TIMEOUT = 10.0
@@ -113,8 +113,9 @@ def reward(
     and may be `async`. A class is constructed with the recipe's `args`; to a function they are passed as
     keyword arguments. An instance may have a method `declare(info: RewardInfo) -> RewardInfo`, which returns
     what is declared here with what depends on its arguments. None means that the reward does not apply to
-    the sample. A batch is the completions of one group, so that values depend neither on the number of
-    workers nor on what else is in the step.
+    the sample, and in a batch an exception in place of a value that there is none for this sample. A batch is
+    the completions of one group, so that values depend neither on the number of workers nor on what else is
+    in the step; with `batched=False` from `declare` it is one completion.
 
     Args:
         name: what recipes call it.

@@ -17,6 +17,7 @@ from posttrain.rewards.combine import Combination
 from posttrain.rewards.outage import Pause
 from posttrain.rewards.pool import WorkerPool
 from posttrain.rewards.registry import RewardInfo, is_builtin, locate
+from posttrain.rewards.shared import SharedEngine, asks_engine, judge_units
 from posttrain.rewards.worker import Job
 from posttrain.rollout.types import Completion, Rollout
 
@@ -79,8 +80,9 @@ class Scorer:
     """The rewards of a recipe, ready to score.
 
     Function rewards run in `options.workers` processes that are killed when a sample takes too long; only
-    built-ins that cannot hang run in this process. The values do not depend on the number of workers. What
-    is done about rollouts without a score is the caller's decision. Calls from several threads take turns.
+    built-ins that cannot hang and judges that ask the run's own engine run in this process. The values do not
+    depend on the number of workers. What is done about rollouts without a score is the caller's decision.
+    Calls from several threads take turns.
 
     A reward that raises RewardUnavailable is waited for: its calls without an answer are repeated until they
     have one, for at most `options.max_outage` seconds; all other results are kept. With `max_outage` 0 its
@@ -95,6 +97,7 @@ class Scorer:
         share: bool = True,
         say: Callable[[str], None] = print,
         check: Callable[[], None] = lambda: None,
+        engine: SharedEngine | None = None,
     ):
         """Load all rewards.
 
@@ -105,6 +108,7 @@ class Scorer:
             share: whether equal samples of a reward that is declared deterministic share one call.
             say: takes lines about rewards that are waited for.
             check: called while one is; may raise to end that.
+            engine: what judges ask that are to ask the run's own engine; without it they cannot score.
 
         Raises:
             RecipeError: an unknown or repeated reward, or wrong arguments.
@@ -118,8 +122,11 @@ class Scorer:
         self.combination = Combination(specs)
         builtin = {source.name: source.registered or "" for source in sources if is_builtin(source)}
         local = [s for s in sources if s.name in builtin and runs_in_process(builtin[s.name], s.args)]
-        self._remote = [source for source in sources if source not in local]
+        shared = [source for source in sources if source.name in builtin and asks_engine(source)]
+        self._remote = [source for source in sources if source not in local and source not in shared]
         self._local = {source.name: load_reward(source) for source in local}
+        self._shared = {source.name: load_reward(source) for source in shared}
+        self._engine = engine
         self._canonical = {name: CANONICAL_INPUTS.get(known) for name, known in builtin.items()}
         self._workers = options.workers
         self._share = share
@@ -128,7 +135,7 @@ class Scorer:
         self._check = check
         self._cache = RewardCache(cache) if cache is not None and self._remote else None
         self._pool = WorkerPool(self._remote, self._workers, options.memory_gib) if self._remote else None
-        infos = {name: function.info for name, function in self._local.items()}
+        infos = {name: function.info for name, function in {**self._local, **self._shared}.items()}
         infos |= {loaded.info.name: loaded.info for loaded in (self._pool.rewards if self._pool else [])}
         self.infos: dict[str, RewardInfo] = {name: infos[name] for name in names}
         self._lock = threading.Lock()
@@ -183,6 +190,11 @@ class Scorer:
         for name, function in self._local.items():
             for index, sample in enumerate(samples):
                 tally.deliver(name, [[index]], function([sample], step))
+        for name, judge in self._shared.items():
+            units = _units(judge.info, rollouts)
+            contents = [[samples[index] for index in unit] for unit in units]
+            for unit, result in zip(units, judge_units(judge, contents, self._engine), strict=True):
+                tally.deliver(name, [unit], result)
         if self._pool is None:
             return
         calls = [self._calls(reward, rollouts, samples, step, tally) for reward in range(len(self._remote))]
@@ -230,14 +242,12 @@ class Scorer:
         """What has to be computed: one call for all units with equal input, none for those that are known."""
         assert self._pool is not None
         source, (info, _, sees_step) = self._remote[reward], self._pool.rewards[reward]
-        units: dict[Hashable, list[int]] = {}
-        for index, rollout in enumerate(rollouts):
-            units.setdefault(rollout.request.group if info.batched else index, []).append(index)
+        units = _units(info, rollouts)
         if not (info.deterministic and self._share):
-            return [_Call([unit]) for unit in units.values()]
+            return [_Call([unit]) for unit in units]
         keys = CacheKeys(info, source.args, self._canonical.get(info.name), step if sees_step else None)
         calls: dict[str, _Call] = {}
-        for unit in units.values():
+        for unit in units:
             key = keys.of([samples[index] for index in unit])
             known = None if self._cache is None else self._cache.get(key)
             if known is not None:
@@ -300,6 +310,14 @@ def _whole(rollout: Rollout) -> Completion:
     """The completion as a reward sees it: with the beginning that the prompt gave."""
     given, completion = rollout.request.given, rollout.completion
     return replace(completion, text=given + completion.text) if given else completion
+
+
+def _units(info: RewardInfo, rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """What a reward is called with at a time: indices of single rollouts, or of those of a group."""
+    units: dict[Hashable, list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        units.setdefault(rollout.request.group if info.batched else index, []).append(index)
+    return list(units.values())
 
 
 def _as_it_is(sample: Sample) -> Sample:

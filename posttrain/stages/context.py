@@ -21,6 +21,7 @@ from posttrain.recipe.schema import (
     SftStage,
 )
 from posttrain.rewards.scorer import Scorer
+from posttrain.rewards.shared import SharedEngine
 from posttrain.rollout.weights import saved_weights
 from posttrain.training.checkpoint import Checkpointer
 from posttrain.training.manifest import STAGING, publish
@@ -85,7 +86,7 @@ class StageContext:
         }
         return {**self.recipe.reward_models, **trained}
 
-    def scorer(self, rewards: Sequence[RewardSpec]) -> Scorer:
+    def scorer(self, rewards: Sequence[RewardSpec], engine: SharedEngine) -> Scorer:
         """What scores this stage's rollouts, with the values that the run knows already.
 
         Every process has a file of values of its own; those of the other processes and stages are beside it.
@@ -97,6 +98,7 @@ class StageContext:
             self.run_dir / "cache" / "rewards" / f"{self.rank}.jsonl",
             say=self.say,
             check=self.stop.check,
+            engine=engine,
         )
 
     def log_step(self, step: int, steps: int, metrics: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from posttrain.evaluation.metrics import Estimate, estimate
 from posttrain.evaluation.samples import GREEDY_ROLE, group_by_problem, problem_values
 from posttrain.recipe.schema import EvaluateStage
 from posttrain.rewards.scorer import Scorer
+from posttrain.rewards.shared import SharedEngine
 from posttrain.rollout.build import build_engine, load_tokenizer
 from posttrain.rollout.engine import RolloutEngine, require_finite
 from posttrain.rollout.tools_engine import prompts_of, with_tools
@@ -51,7 +52,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     engine = build_engine(recipe.rollout, context.model, tokenizer, seed=SEED)
     engine = with_tools(engine, recipe.tools, prompts)
     try:
-        with context.scorer(rewards) as scorer:
+        with context.scorer(rewards, SharedEngine(engine, tokenizer)) as scorer:
             sampled = _answer(requests, engine, scorer, context, "sampling")
             greedy = None
             if "greedy" in stage.metrics:

@@ -12,6 +12,7 @@ from posttrain.data.prompts import Prompts, check_lengths
 from posttrain.data.sources import load_examples
 from posttrain.methods.base import load_methods
 from posttrain.recipe.schema import PolicyStage
+from posttrain.rewards.shared import SharedEngine
 from posttrain.rollout.build import build_engine, load_tokenizer
 from posttrain.rollout.tools_engine import prompts_of, with_tools
 from posttrain.rollout.tools_format import ToolFormat
@@ -55,7 +56,7 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
     )
     engine = with_tools(engine, recipe.tools, formatted)
     try:
-        with context.scorer(recipe.rewards_of(stage)) as scorer:
+        with context.scorer(recipe.rewards_of(stage), SharedEngine(engine, tokenizer)) as scorer:
             room = engine.max_model_len - recipe.rollout.max_tokens
             prompts = _fitting(examples, formatted, stage, room)
             ids_of = {example.id: ids for example, ids in prompts}

@@ -23,6 +23,7 @@ def test_known_rewards():
         "format",
         "http",
         "length_penalty",
+        "llm_judge",
         "math_answer",
         "numeric_match",
         "reasoning_gym",
