@@ -74,7 +74,7 @@ def costs(completions: Sequence[Completion], cost: Cost) -> Floats:
     """What each completion spent: calls, seconds of tools, or tokens."""
     match cost:
         case "calls":
-            spent = [len(completion.tool_calls) for completion in completions]
+            spent: list[float] = [len(completion.tool_calls) for completion in completions]
         case "seconds":
             spent = [sum(call.seconds for call in completion.tool_calls) for completion in completions]
         case "tokens":
