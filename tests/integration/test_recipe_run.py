@@ -1,15 +1,17 @@
-"""Whole recipes, started as a user starts them."""
+"""Whole recipes, started as a user starts them; where that is not the point, in forks of one process."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from helpers import make_tiny_model
+from integration.forked_runs import RunServer
 
 RECIPE = """
 name: small
@@ -20,7 +22,7 @@ data:
   eval: {{task: arithmetic, size: 12, split: test, args: {{max_terms: 3, min_terms: 3}}}}
 rollout: {{engine: {engine}, max_tokens: 8, max_model_len: 96, kv_cache_gib: 0.25}}
 rewards:
-  - math_answer
+  - {reward}
   - {{name: "{out}/digits.py:digits", weight: 0.5}}
 stages:
   - sft: {{max_steps: 2, batch_size: 8, log_every: 1, optimizer: {{learning_rate: 1e-3}}}}
@@ -42,21 +44,30 @@ def posttrain(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Iterator[RunServer]:
+    server = RunServer(tmp_path_factory.mktemp("runs"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def write_recipe(folder: Path, model: Path, engine: str = "transformers") -> Path:
+def write_recipe(
+    folder: Path, model: Path, engine: str = "transformers", reward: str = "numeric_match"
+) -> Path:
     (folder / "digits.py").write_text(REWARD)
     recipe = folder / "small.yaml"
-    recipe.write_text(RECIPE.format(out=folder, model=model, engine=engine))
+    recipe.write_text(RECIPE.format(out=folder, model=model, engine=engine, reward=reward))
     return recipe
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_recipe_runs_through_all_stages(tmp_path, model, engine, lora):
-    recipe = write_recipe(tmp_path, model, engine)
+    recipe = write_recipe(tmp_path, model, engine, "math_answer")
     options = ["model.lora={r: 4}", "stages.policy.loss.kl=0.01"] if lora else []
     done = posttrain("train", recipe, *options)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -96,20 +107,25 @@ def test_a_recipe_runs_through_all_stages(tmp_path, model, engine, lora):
     assert "Report:" in done.stdout
 
 
-def test_a_trained_adapter_can_be_evaluated(tmp_path, model):
+def test_a_trained_adapter_can_be_evaluated(runs, tmp_path, model):
     recipe = write_recipe(tmp_path, model)
-    trained = posttrain("train", recipe, "model.lora={r: 4}", "stages=[{sft: {max_steps: 1, batch_size: 4}}]")
-    assert trained.returncode == 0, trained.stderr
-    done = posttrain("evaluate", recipe, "--model", tmp_path / "small" / "models" / "01-sft")
-    assert done.returncode == 0, done.stderr
+    trained = runs.run(
+        "train", str(recipe), "model.lora={r: 4}", "stages=[{sft: {max_steps: 1, batch_size: 4}}]"
+    )
+    assert trained.code == 0, trained.output
+    done = runs.run("evaluate", str(recipe), "--model", str(tmp_path / "small" / "models" / "01-sft"))
+    assert done.code == 0, done.output
     assert (tmp_path / "small-evaluate-01-sft" / "summary.json").is_file()
 
 
-def test_a_run_is_repeatable_and_a_seed_changes_it(tmp_path, model):
+def test_a_run_is_repeatable_and_a_seed_changes_it(runs, tmp_path, model):
+    """The first is a process of its own: its hashes of text, and so the order of its sets, are others."""
     recipe = write_recipe(tmp_path, model)
-    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
-        done = posttrain("train", recipe, f"name={name}", f"seed={seed}")
-        assert done.returncode == 0, done.stderr
+    first = posttrain("train", recipe, "name=one")
+    assert first.returncode == 0, first.stderr
+    for name, seed in (("two", 0), ("three", 1)):
+        done = runs.run("train", str(recipe), f"name={name}", f"seed={seed}")
+        assert done.code == 0, done.output
     weights = [
         (tmp_path / name / "models" / "03-policy" / "model.safetensors").read_bytes()
         for name in ("one", "two", "three")
@@ -118,11 +134,11 @@ def test_a_run_is_repeatable_and_a_seed_changes_it(tmp_path, model):
     assert weights[0] != weights[2]
 
 
-def test_a_batch_can_be_sampled_ahead(tmp_path, model):
+def test_a_batch_can_be_sampled_ahead(runs, tmp_path, model):
     recipe = write_recipe(tmp_path, model)
     policy = "steps: 3, prompts_per_step: 3, group_size: 4, overlap: 1, optimizer: {learning_rate: 1e-3}"
-    done = posttrain("train", recipe, f"stages=[{{policy: {{{policy}}}}}]")
-    assert done.returncode == 0, done.stderr
+    done = runs.run("train", str(recipe), f"stages=[{{policy: {{{policy}}}}}]")
+    assert done.code == 0, done.output
     lines = [json.loads(line) for line in (tmp_path / "small" / "metrics.jsonl").read_text().splitlines()]
     mismatch = [line["sampling/logprob_difference"] for line in lines]
     assert mismatch[0] < 1e-5 < min(mismatch[1:])  # later batches are of weights one step old
@@ -131,24 +147,24 @@ def test_a_batch_can_be_sampled_ahead(tmp_path, model):
     assert versions == [{0}, {0}, {1}]
 
 
-def test_an_existing_run_is_not_touched_without_being_told_to(tmp_path, model):
+def test_an_existing_run_is_not_touched_without_being_told_to(runs, tmp_path, model):
     recipe = write_recipe(tmp_path, model)
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "precious.txt").write_text("mine")
-    refused = posttrain("train", recipe)
-    assert refused.returncode == 2
-    assert "exists already" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    not_a_run = posttrain("train", recipe, "--overwrite")
-    assert not_a_run.returncode == 2
-    assert "not the folder of a run" in not_a_run.stderr
+    refused = runs.run("train", str(recipe))
+    assert refused.code == 2
+    assert "exists already" in refused.output
+    assert "Traceback" not in refused.output
+    not_a_run = runs.run("train", str(recipe), "--overwrite")
+    assert not_a_run.code == 2
+    assert "not the folder of a run" in not_a_run.output
     assert (tmp_path / "small" / "precious.txt").read_text() == "mine"
 
 
-def test_prompts_that_do_not_fit_are_refused_or_left_out(tmp_path, model):
+def test_prompts_that_do_not_fit_are_refused_or_left_out(runs, tmp_path, model):
     recipe = write_recipe(tmp_path, model)
     options = ["rollout.max_model_len=20", "stages=[{policy: {steps: 1, prompts_per_step: 2}}]"]
-    refused = posttrain("train", recipe, *options)
-    assert refused.returncode == 1
-    assert "prompts are too long" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    refused = runs.run("train", str(recipe), *options)
+    assert refused.code == 1
+    assert "prompts are too long" in refused.output
+    assert "Traceback" not in refused.output

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import make_tiny_model
+from integration.forked_runs import Ended, RunServer
 
 from posttrain.recipe.run_state import RunLock
 
@@ -77,44 +77,8 @@ def digits(completions, **columns):
 """
 
 
-@dataclass
-class Ended:
-    """A run that has come to an end."""
-
-    code: int
-    output: str
-    spans: dict[str, list[float]] = field(default_factory=dict)
-
-
-class Server:
-    """The process that forks runs, and the folder they work in."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        script = Path(__file__).with_name("run_server.py")
-        self.process = subprocess.Popen(
-            [sys.executable, script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def run(
-        self, *arguments: str, trigger: dict[str, Any] | None = None, folder: Path | None = None
-    ) -> Ended:
-        output = self.folder / "output.txt"
-        output.write_text("")
-        where = str(folder or self.folder)
-        job = {"arguments": arguments, "folder": where, "output": str(output), "trigger": trigger}
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        self.process.stdout.readline()
-        answer = json.loads(self.process.stdout.readline())
-        return Ended(answer["code"], output.read_text(), answer["spans"])
+class Server(RunServer):
+    """Runs of the recipe above."""
 
     def train(self, name: str, *, trigger: dict[str, Any] | None = None, **options: Any) -> Ended:
         values = {"model": "", "rewards": IN_PROCESS, "steps": 3, "updates": 2, "save": 1, "kl": 0}
@@ -123,11 +87,6 @@ class Server:
 
     def resume(self, name: str, trigger: dict[str, Any] | None = None) -> Ended:
         return self.run("resume", f"runs/{name}", trigger=trigger)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
 
 
 @pytest.fixture(scope="module")
