@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from posttrain.recipe.load import load_recipe as load_recipe
     from posttrain.recipe.run import run_recipe as run_recipe
     from posttrain.recipe.schema import Recipe as Recipe
+    from posttrain.rewards.model_reward import register_reward_model as register_reward_model
     from posttrain.rewards.registry import reward as reward
     from posttrain.rollout.engine import RolloutEngine as RolloutEngine
     from posttrain.rollout.types import Completion as Completion
@@ -39,6 +40,7 @@ _PUBLIC = {
     "Sampling": "posttrain.rollout.types",
     "dump_recipe": "posttrain.recipe.load",
     "load_recipe": "posttrain.recipe.load",
+    "register_reward_model": "posttrain.rewards.model_reward",
     "reward": "posttrain.rewards.registry",
     "run_recipe": "posttrain.recipe.run",
 }

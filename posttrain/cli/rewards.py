@@ -4,6 +4,7 @@
   posttrain rewards list my.yaml                  those of a recipe, its own included
   posttrain rewards test NAME [--from my.py]      gold and adversarial samples; exits with 1 if a check fails
   posttrain rewards score NAME FILE.parquet       saved rollouts again, old values against new ones
+  posttrain rewards serve MODEL                   a reward model over HTTP; or NAME --recipe my.yaml
 
 A recipe may also name a function of its own: `package.module:function` or `path/to/file.py:function`.
 """
@@ -18,23 +19,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.cli.arguments import one_of
+from posttrain.cli.reward_server import add_serve_arguments, serve_model
 from posttrain.errors import RecipeError, RewardError
 
 if TYPE_CHECKING:
-    from posttrain.recipe.schema import Recipe, RewardSpec
+    from posttrain.recipe.schema import Recipe, RewardModelConfig, RewardSpec
     from posttrain.rewards.registry import RewardInfo
     from posttrain.rewards.rescore import Agreement
     from posttrain.rollout.types import Example
 
-WORDS = {"list": (), "test": ("NAME",), "score": ("NAME", "FILE.parquet")}
+WORDS = {"list": (), "test": ("NAME",), "score": ("NAME", "FILE.parquet"), "serve": ("MODEL",)}
 MARKS = {True: "ok", False: "FAIL", None: "-"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `posttrain rewards`."""
-    parser.add_argument("action", metavar="list|test|score", type=one_of(list(WORDS)))
+    parser.add_argument("action", metavar="list|test|score|serve", type=one_of(list(WORDS)))
     parser.add_argument(
-        "words", metavar="NAME", nargs="*", help="the reward, and the file to score again; list: a recipe"
+        "words",
+        metavar="NAME",
+        nargs="*",
+        help="the reward, and the file to score again; list: a recipe; serve: a hub name or folder",
     )
     parser.add_argument("--recipe", help="a recipe, whose rewards and data are used")
     parser.add_argument("--from", dest="from_", metavar="FILE", help="file or module that defines the reward")
@@ -47,10 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=8, metavar="N", help="test: rows of the data to use (8)"
     )
     parser.add_argument("--out", metavar="FILE", help="score: where to (beside the input)")
+    add_serve_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """List, test or score.
+    """List, test, score or serve.
 
     Raises:
         RewardError: a check of `test` failed.
@@ -61,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     wanted = WORDS[args.action]
     if len(args.words) != len(wanted):
         raise RecipeError(f"posttrain rewards: write posttrain rewards {' '.join([args.action, *wanted])}.")
-    {"list": _list, "test": _test, "score": _score}[args.action](args)
+    {"list": _list, "test": _test, "score": _score, "serve": _serve}[args.action](args)
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -73,7 +79,7 @@ def _list(args: argparse.Namespace) -> None:
         from posttrain.rewards.scorer import Scorer
 
         recipe = _recipe(args.recipe)
-        with Scorer(recipe.rewards, recipe.reward_options) as scorer:
+        with Scorer(recipe.rewards, recipe.reward_options, models=recipe.reward_models) as scorer:
             infos = list(scorer.infos.values())
     heads = ("name", "version", "kind", "range", "deterministic", "time-out", "from", "")
     rows = [heads, *((*_cells(info), provenance(info), info.doc) for info in infos)]
@@ -100,9 +106,11 @@ def _test(args: argparse.Namespace) -> None:
         examples = load_examples(source)
     else:
         examples = gold_examples(spec)
-    trial = try_reward(spec, examples[: args.samples], args.accept)
+    models = recipe.reward_models if recipe else None
+    trial = try_reward(spec, examples[: args.samples], args.accept, models)
     info = trial.info
-    print(f"{info.name}, version {info.version}, sha256 {info.sha256[:16]}, {provenance(info)}")
+    digest = f"sha256 {info.sha256[:16]}, " if info.sha256 else ""
+    print(f"{info.name}, version {info.version}, {digest}{provenance(info)}")
     _print_table([(f"  {MARKS[check.passed]}", check.name, check.text) for check in trial.checks])
     if trial.failed:
         raise RewardError(f"reward {info.name!r} failed: {', '.join(trial.failed)}")
@@ -131,14 +139,30 @@ def _score(args: argparse.Namespace) -> None:
     path = Path(args.words[1])
     if not path.is_file():
         raise RecipeError(f"posttrain rewards score: there is no file {path}.")
-    own = path.absolute().parents[2] / "recipe.yaml" if len(path.absolute().parents) > 2 else None
-    if args.recipe is None and own is not None and own.is_file():
-        args.recipe = str(own)  # the run's
+    folders = path.absolute().parents  # of a run's file: STAGE, rollouts, and the run's
+    run_dir = folders[2] if len(folders) > 2 else None
+    if args.recipe is None and run_dir is not None and (run_dir / "recipe.yaml").is_file():
+        args.recipe = str(run_dir / "recipe.yaml")
     spec, recipe = _spec(args)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", spec.name)
     out = Path(args.out) if args.out else path.with_name(f"rescored-{name}-{path.name}")
-    _print_agreement(spec.name, rescore(path, out, spec, _examples(recipe)))
+    models = {**recipe.reward_models, **_trained(recipe, run_dir)} if recipe else None
+    _print_agreement(spec.name, rescore(path, out, spec, _examples(recipe), models))
     print(f"Written to {out}.")
+
+
+def _serve(args: argparse.Namespace) -> None:
+    serve_model(args, None if args.recipe is None else _recipe(args.recipe))
+
+
+def _trained(recipe: Recipe, run_dir: Path | None) -> dict[str, RewardModelConfig]:
+    """The reward models that stages of a run have trained so far."""
+    from posttrain.recipe.schema import RewardModelConfig
+
+    if run_dir is None:
+        return {}
+    folders = {name: run_dir / "models" / f for name, f in recipe.trained_rewards(len(recipe.stages)).items()}
+    return {name: RewardModelConfig(path=str(folder)) for name, folder in folders.items() if folder.is_dir()}
 
 
 def _examples(recipe: Recipe | None) -> dict[str, Example]:

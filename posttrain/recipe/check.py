@@ -9,7 +9,7 @@ import ast
 import importlib.util
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from posttrain.recipe.schema import (
     EvaluateStage,
     PolicyStage,
     Recipe,
+    RewardModelConfig,
     RewardSpec,
     SftStage,
     StageSpec,
@@ -62,6 +63,7 @@ def find_problems(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
         yield from _source(key, source)
         yield from _written_rows(recipe, key, source)
     yield from _rewards(recipe)
+    yield from _reward_models(recipe)
     yield from _tools(recipe)
     yield from _packages(recipe, kinds)
     for index, spec in enumerate(recipe.stages):
@@ -205,11 +207,39 @@ def _rewards(recipe: Recipe) -> Iterator[Finding]:
     for index, key in users or [(0, "rewards")]:
         stage = recipe.stages[index].config
         specs = recipe.rewards if key == "rewards" else recipe.rewards_of(stage)
-        yield from _reward_list(specs, key, {*recipe.reward_models, *recipe.trained_rewards(index)})
+        yield from _reward_list(specs, key, recipe.reward_models, recipe.trained_rewards(index))
 
 
-def _reward_list(specs: list[RewardSpec], where: str, models: Collection[str]) -> Iterator[Finding]:
-    """`models` are the names of the reward models that there are when the list is used."""
+def _reward_models(recipe: Recipe) -> Iterator[Finding]:
+    """A name of its own, files, and a head to score with."""
+    if not recipe.reward_models:
+        return
+    from posttrain.rewards.checkpoint import Checkpoint
+    from posttrain.rewards.registry import known_rewards
+
+    stages = [spec.config.name for spec in recipe.stages]
+    for name, model in recipe.reward_models.items():
+        key = f"reward_models.{name}"
+        if name in known_rewards():
+            yield key, f"a reward is registered under the name {name} already."
+        if name in stages:
+            yield key, f"a stage is called {name}, too, and a reward model that it trains would be."
+        folder = Path(model.path or "").expanduser()
+        if model.path is None or (not folder.is_dir() and not is_local(model.path)):
+            continue
+        if not folder.is_dir():
+            yield f"{key}.path", f"there is no model folder {model.path}."
+            continue
+        try:
+            Checkpoint(folder).head(model.head)
+        except PosttrainError as error:
+            yield f"{key}.path", f"{error}."
+
+
+def _reward_list(
+    specs: list[RewardSpec], where: str, models: Mapping[str, RewardModelConfig], trained: Collection[str]
+) -> Iterator[Finding]:
+    """`trained` are the names of the reward models that the stages before have trained."""
     from posttrain.rewards.combine import Gate
     from posttrain.rewards.registry import locate
 
@@ -220,8 +250,8 @@ def _reward_list(specs: list[RewardSpec], where: str, models: Collection[str]) -
             yield f"{key}.name", f"{spec.name} is listed twice."
         names.add(spec.name)
         try:
-            if spec.code not in models:
-                locate(spec)
+            if spec.code not in trained:
+                locate(spec, models)
         except PosttrainError as error:
             yield f"{key}.{'from' if spec.from_ else 'use' if spec.use else 'name'}", f"{error}."
         if spec.only_if is not None:

@@ -84,6 +84,15 @@ class RewardOptions(Section):
     group, so that one with a small spread is heard beside one with a large (GDPO, Liu et al. 2026)."""
 
 
+LOADING_SETTINGS = ("revision", "device", "dtype", "batch_tokens", "trust_remote_code")
+"""Keys of a reward model that are about loading it: where a server has it already, they are the server's."""
+SERVER_SETTINGS = (
+    *LOADING_SETTINGS,
+    *("template", "head", "label", "activation", "step_separator", "step_reduce", "max_length"),
+)
+"""Those that `posttrain rewards serve` is started with."""
+
+
 class RewardModelConfig(Section):
     """A reward model: a checkpoint that is loaded once on this machine, or one that a server has."""
 
@@ -98,8 +107,9 @@ class RewardModelConfig(Section):
     token_env: str | None = None
     """Environment variable with the bearer token for `url`."""
     template: str | None = None
-    """Text to score, with `{prompt}` and `{completion}`; None is the chat template of the model's tokenizer,
-    or, where it has none, the prompt followed by the completion."""
+    """Text to score, with `{prompt}` (of a chat the contents of its messages, a line each) and `{completion}`;
+    None is the chat template of the model's tokenizer, or, where it has none, the prompt followed by the
+    completion."""
     head: Literal["auto", "sequence", "token"] = "auto"
     """One score for the text, or one for every step of it (a process reward model); `auto` is what the
     checkpoint's configuration says."""
@@ -108,7 +118,8 @@ class RewardModelConfig(Section):
     activation: Literal["none", "sigmoid", "softmax"] = "none"
     """Applied to the outputs. `none` gives the raw score of a Bradley–Terry model."""
     step_separator: str = "\n\n"
-    """Token classification: the text that ends a step. The score of a step is that of its last token."""
+    """Token classification: the text that ends a step, added to the last one where it is missing. The score
+    of a step is that of its last token."""
     step_reduce: Literal["min", "mean", "last", "product"] = "min"
     """Token classification: from the scores of the steps to one value. A chain is as good as its worst step
     (Lightman et al., "Let's verify step by step", 2023)."""
@@ -119,7 +130,8 @@ class RewardModelConfig(Section):
     batch_tokens: int = Field(default=16384, ge=1)
     """Tokens of one forward pass, padding included; texts of like length go together."""
     max_length: int | None = Field(default=None, ge=2)
-    """Longer texts lose the beginning of their prompt, and are counted; None is the model's own limit."""
+    """Tokens. Longer texts lose the beginning of their prompt, and are counted; a completion that is longer by
+    itself has no score. None is the model's own limit."""
     range: tuple[float, float] | None = None
     """Lowest and highest value it may give; anything outside is an error."""
     trust_remote_code: bool = False
@@ -148,8 +160,14 @@ class RewardModelConfig(Section):
     def _one_place(self) -> RewardModelConfig:
         if (self.path is None) == (self.url is None):
             raise ValueError("needs either path or url")
-        if self.url is None and self.served_by != "posttrain":
-            raise ValueError(f"served_by {self.served_by} needs url")
+        if self.url is None:
+            if self.served_by != "posttrain" or self.token_env is not None:
+                raise ValueError("served_by and token_env are about a server and need url")
+            return self
+        theirs = SERVER_SETTINGS if self.served_by == "posttrain" else LOADING_SETTINGS
+        for name in theirs:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is a setting of the server at {self.url}, and is to be set there")
         return self
 
 

@@ -14,6 +14,7 @@ from posttrain.recipe.schema import Recipe, RewardSpec
 from posttrain.recipe.summary import closing_lines, summarise, versions
 from posttrain.report.html import write_report
 from posttrain.report.progress import Progress
+from posttrain.rewards.model_server import keep_servers
 from posttrain.rewards.registry import RewardInfo
 from posttrain.rewards.scorer import Scorer
 from posttrain.stages.context import StageContext
@@ -80,11 +81,12 @@ def _load_rewards(recipe: Recipe) -> list[RewardInfo]:
 
     Those whose model a stage of the recipe has yet to train are left out.
     """
-    one_worker = recipe.reward_options.model_copy(update={"workers": 1})
+    options = recipe.reward_options.model_copy(update={"workers": 1, "max_outage": 0.0})
     trained = recipe.trained_rewards(len(recipe.stages))
     infos: dict[str, RewardInfo] = {}
     for specs in _distinct(recipe):
-        with Scorer([spec for spec in specs if spec.code not in trained], one_worker) as scorer:
+        known = [spec for spec in specs if spec.code not in trained]
+        with Scorer(known, options, models=recipe.reward_models) as scorer:
             infos |= scorer.infos
     return list(infos.values())
 
@@ -124,7 +126,7 @@ def _run(recipe: Recipe, run_dir: Path, open_run: Callable[[RunLock], RunState])
     """Run what is left to run. `open_run` is called on the first rank."""
     rank, _ = start_processes()
     try:
-        with StopSignals() as stop, RunLock(run_dir) as lock:
+        with keep_servers(), StopSignals() as stop, RunLock(run_dir) as lock:
             state = on_first_rank(lambda: open_run(lock))
             with Progress(run_dir / "logs", enabled=rank == 0) as progress:
                 _run_stages(recipe, run_dir, state, progress, stop)

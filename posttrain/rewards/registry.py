@@ -10,7 +10,7 @@ import ast
 import difflib
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from posttrain.errors import RecipeError, RewardError
 
 if TYPE_CHECKING:
-    from posttrain.recipe.schema import RewardSpec
+    from posttrain.recipe.schema import RewardModelConfig, RewardSpec
 
 BUILTIN_MODULES = ("posttrain.rewards.builtin", "posttrain.rewards.http", "posttrain.rewards.judge")
 """Those that register posttrain's own rewards; they import nothing heavy."""
+MODEL_MODULE = "posttrain.rewards.model_reward"
 ENTRY_POINT_GROUP = "posttrain.rewards"
 DEFAULT_TIMEOUT = 10.0
 UNDECLARED = "0"
@@ -40,7 +41,8 @@ class RewardInfo:
     the price of one call. `origin` is the code's `module:name`, `kind` what it is: `function`, `class`, or
     what a package that offers other kinds calls them. `sha256` and `place` (`file.py:12`) are known once the
     code is loaded: the hash is that of the file that defines the reward, or of its own source text where
-    there is no file.
+    there is no file. `model` is what a reward model is run with (`RewardModelConfig`); then the hash is that
+    of the model's files, or empty where nobody can tell.
     """
 
     name: str
@@ -56,11 +58,12 @@ class RewardInfo:
     kind: str = "function"
     sha256: str = ""
     place: str = ""
+    model: dict[str, Any] | None = None
 
     @property
     def fingerprint(self) -> str:
         """Version and code in short, as rollouts keep it: `1 sha256:0123456789abcdef`."""
-        return f"{self.version} sha256:{self.sha256[:16]}"
+        return f"{self.version} sha256:{self.sha256[:16]}" if self.sha256 else self.version
 
 
 @dataclass(frozen=True)
@@ -153,15 +156,23 @@ def reward(
             cost=cost,
             kind="class" if isinstance(target, type) else "function",
         )
-        known = _registered.get(name)
-        if known is not None and known.info.origin != info.origin:
-            raise RewardError(
-                f"reward {name!r} of {info.origin} is already registered by {known.info.origin}"
-            )
-        _registered[name] = Registered(info, target)
+        add(Registered(info, target))
         return target
 
     return register
+
+
+def add(entry: Registered) -> None:
+    """Register a reward under its name.
+
+    Raises:
+        RewardError: the name is taken by other code.
+    """
+    name, origin = entry.info.name, entry.info.origin
+    known = _registered.get(name)
+    if known is not None and known.info.origin != origin:
+        raise RewardError(f"reward {name!r} of {origin} is already registered by {known.info.origin}")
+    _registered[name] = entry
 
 
 def registered(name: str) -> Registered | None:
@@ -188,18 +199,20 @@ def known_rewards() -> dict[str, RewardInfo]:
     return dict(sorted(infos.items()))
 
 
-def locate(spec: RewardSpec) -> RewardSource:
+def locate(spec: RewardSpec, models: Mapping[str, RewardModelConfig] | None = None) -> RewardSource:
     """Find the code of a recipe's reward without running user code or importing anything heavy.
 
     `spec.code` (`use`, or the name) is looked up in the file or module `spec.from_` if that is given;
-    otherwise it is `package.module:attribute`, `path/to/file.py:attribute` (from the working directory), a
-    registered name, or a name of the entry-point group `posttrain.rewards`.
+    otherwise it is a reward model of `models`, `package.module:attribute`, `path/to/file.py:attribute` (from
+    the working directory), a registered name, or a name of the entry-point group `posttrain.rewards`.
 
     Raises:
         RecipeError: no such reward, file, module, or name in the file (the message names the nearest), or a
             built-in that refuses its arguments.
     """
     bound: dict[str, Any] = {"args": dict(spec.args), "timeout": spec.timeout}
+    if models and spec.from_ is None and spec.code in models:
+        return _source_of_model(spec.name, models[spec.code].model_dump(mode="json"), bound)
     if spec.from_ is not None or ":" in spec.code:
         place, _, attribute = spec.code.rpartition(":")
         if spec.from_ is not None:
@@ -217,7 +230,7 @@ def locate(spec: RewardSpec) -> RewardSource:
     point = _entry_points().get(spec.code)
     if point is not None:
         return RewardSource(spec.name, module=point.module, attribute=point.attr or spec.code, **bound)
-    names = list(known_rewards())
+    names = [*(models or ()), *known_rewards()]
     raise RecipeError(
         f"no reward named {spec.code!r}{nearest(spec.code, names)}; registered: {', '.join(names)}"
     )
@@ -258,6 +271,8 @@ def _import_builtins() -> None:
 
 
 def _source_of(name: str, entry: Registered, bound: dict[str, Any]) -> RewardSource:
+    if entry.info.model is not None:
+        return _source_of_model(name, entry.info.model, bound)
     module, _, qualname = entry.info.origin.partition(":")
     if module != "__main__" and "<locals>" not in qualname:
         return RewardSource(name, module=module, registered=entry.info.name, **bound)
@@ -271,6 +286,15 @@ def _source_of(name: str, entry: Registered, bound: dict[str, Any]) -> RewardSou
             "level of a file or module"
         ) from error
     return RewardSource(name, pickled=pickled, **bound)
+
+
+def _source_of_model(name: str, model: dict[str, Any], bound: dict[str, Any]) -> RewardSource:
+    if bound["args"]:
+        raise RecipeError(
+            f"reward {name!r} is a reward model, which takes no args: its settings are its model's"
+        )
+    bound = {**bound, "args": {"model": model}}
+    return RewardSource(name, module=MODEL_MODULE, attribute="ModelReward", **bound)
 
 
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:

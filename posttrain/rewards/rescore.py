@@ -13,7 +13,7 @@ from posttrain.rewards.scorer import Scorer
 from posttrain.rollout.types import Completion, Example, Rollout, RolloutRequest, Sampling
 
 if TYPE_CHECKING:
-    from posttrain.recipe.schema import RewardSpec
+    from posttrain.recipe.schema import RewardModelConfig, RewardSpec
 
 NEEDED = ("step", "example_id", "group", "role", "index", "prompt", "completion", "completion_ids")
 
@@ -40,7 +40,13 @@ class Agreement:
     """Rollouts whose example was not found: the reward saw the rendered prompt and the answer alone."""
 
 
-def rescore(path: Path, out: Path, spec: RewardSpec, examples: Mapping[str, Example]) -> Agreement:
+def rescore(
+    path: Path,
+    out: Path,
+    spec: RewardSpec,
+    examples: Mapping[str, Example],
+    models: Mapping[str, RewardModelConfig] | None = None,
+) -> Agreement:
     """Write the rollouts of a parquet file to `out`, with the columns `rescored/NAME` and
     `rescored_error/NAME`.
 
@@ -49,6 +55,7 @@ def rescore(path: Path, out: Path, spec: RewardSpec, examples: Mapping[str, Exam
         out: a file that is not there yet.
         spec: the reward.
         examples: the examples by id, whose further columns the reward may want.
+        models: reward models that the spec may name.
 
     Raises:
         DataError: the file is no rollouts, or `out` exists.
@@ -71,7 +78,7 @@ def rescore(path: Path, out: Path, spec: RewardSpec, examples: Mapping[str, Exam
         raise DataError(f"{path} has no column {missing[0]!r}: it is no rollouts of a run")
     rows = table.to_pylist()
     rollouts = [_rollout(row, examples) for row in rows]
-    with Scorer([spec], RewardOptions()) as scorer:
+    with Scorer([spec], RewardOptions(), models=models) as scorer:
         for step in sorted({row["step"] for row in rows}):
             of_step = [rollout for rollout, row in zip(rollouts, rows, strict=True) if row["step"] == step]
             scorer.score(of_step, step)

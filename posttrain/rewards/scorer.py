@@ -14,6 +14,8 @@ from posttrain.rewards.builtin import CANONICAL_INPUTS, runs_in_process
 from posttrain.rewards.cache import CacheKeys, RewardCache
 from posttrain.rewards.calling import Outcome, Result, Sample, load_reward, without_logprobs
 from posttrain.rewards.combine import Combination
+from posttrain.rewards.model_reward import prompt_and_text
+from posttrain.rewards.model_server import ModelServers
 from posttrain.rewards.outage import Pause
 from posttrain.rewards.pool import WorkerPool
 from posttrain.rewards.registry import RewardInfo, is_builtin, locate
@@ -24,7 +26,7 @@ from posttrain.rollout.types import Completion, Rollout
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from posttrain.recipe.schema import RewardOptions, RewardSpec
+    from posttrain.recipe.schema import RewardModelConfig, RewardOptions, RewardSpec
 
 MAX_JOB_UNITS = 32
 """Units a worker gets at a time: enough to hide the messages, few enough to keep all workers busy."""
@@ -98,6 +100,8 @@ class Scorer:
         say: Callable[[str], None] = print,
         check: Callable[[], None] = lambda: None,
         engine: SharedEngine | None = None,
+        models: Mapping[str, RewardModelConfig] | None = None,
+        logs: Path | None = None,
     ):
         """Load all rewards.
 
@@ -109,6 +113,8 @@ class Scorer:
             say: takes lines about rewards that are waited for.
             check: called while one is; may raise to end that.
             engine: what judges ask that are to ask the run's own engine; without it they cannot score.
+            models: reward models that the rewards may name.
+            logs: folder for the logs of servers that are started for them.
 
         Raises:
             RecipeError: an unknown or repeated reward, or wrong arguments.
@@ -118,7 +124,7 @@ class Scorer:
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
             raise RecipeError(f"reward {repeated[0]!r} is listed twice")
-        sources = [locate(spec) for spec in specs]
+        sources = [locate(spec, models) for spec in specs]
         self.combination = Combination(specs)
         builtin = {source.name: source.registered or "" for source in sources if is_builtin(source)}
         local = [s for s in sources if s.name in builtin and runs_in_process(builtin[s.name], s.args)]
@@ -137,6 +143,15 @@ class Scorer:
         self._pool = WorkerPool(self._remote, self._workers, options.memory_gib) if self._remote else None
         infos = {name: function.info for name, function in {**self._local, **self._shared}.items()}
         infos |= {loaded.info.name: loaded.info for loaded in (self._pool.rewards if self._pool else [])}
+        pause = Pause(self._max_outage, say, check) if self._max_outage else None
+        try:
+            self._models = ModelServers(infos.values(), logs, pause)
+        except BaseException:
+            if self._pool is not None:
+                self._pool.close()
+            raise
+        infos |= self._models.infos
+        self._canonical |= dict.fromkeys(self._models.infos, prompt_and_text)
         self.infos: dict[str, RewardInfo] = {name: infos[name] for name in names}
         self._lock = threading.Lock()
 
@@ -155,6 +170,7 @@ class Scorer:
         if self._cache is not None:
             self._cache.close()
             self._cache = None
+        self._models.close()
 
     def score(self, rollouts: Sequence[Rollout], step: int | None = None) -> ScoreReport:
         """Fill `rewards`, `reward_errors`, `reward_versions` and `reward` of every rollout.
@@ -219,11 +235,15 @@ class Scorer:
                 for job in self._jobs(reward, calls[reward], numbers[reward], samples, step)
             ]
 
+        self._models.ensure(
+            (self._remote[reward].name for reward, own in enumerate(calls) if own), self._check
+        )
         self._pool.run(jobs({reward: range(len(own)) for reward, own in enumerate(calls)}), deliver)
         pause = Pause(self._max_outage, self._say, self._check)
         pause.note(away)
         while waiting:
             pause.wait()
+            self._models.ensure((self._remote[reward].name for reward in waiting), self._check)
             again = jobs(waiting)
             waiting.clear()
             away.clear()
@@ -241,7 +261,8 @@ class Scorer:
     ) -> list[_Call]:
         """What has to be computed: one call for all units with equal input, none for those that are known."""
         assert self._pool is not None
-        source, (info, _, sees_step) = self._remote[reward], self._pool.rewards[reward]
+        source, sees_step = self._remote[reward], self._pool.rewards[reward].sees_step
+        info = self.infos[source.name]
         units = _units(info, rollouts)
         if not (info.deterministic and self._share):
             return [_Call([unit]) for unit in units]
@@ -267,7 +288,7 @@ class Scorer:
     ) -> Iterator[Job]:
         """Jobs that make the calls of these numbers: one for an async reward, else enough for all workers."""
         assert self._pool is not None
-        info, concurrent, _ = self._pool.rewards[reward]
+        info, concurrent = self.infos[self._remote[reward].name], self._pool.rewards[reward].concurrent
         share = len(numbers) if concurrent else min(len(numbers) // (4 * self._workers), MAX_JOB_UNITS)
         size = max(share, 1)
         visible = without_logprobs if info.deterministic else _as_it_is

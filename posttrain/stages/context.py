@@ -99,6 +99,8 @@ class StageContext:
             say=self.say,
             check=self.stop.check,
             engine=engine,
+            models=self.reward_models,
+            logs=self.run_dir / "logs",
         )
 
     def log_step(self, step: int, steps: int, metrics: dict[str, Any]) -> None:
