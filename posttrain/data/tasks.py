@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
+from posttrain.data.calculator import calculator
+from posttrain.data.problem import Problem
+from posttrain.data.search import search
 from posttrain.errors import DataError
 from posttrain.rollout.types import Example, derive_seed
 
@@ -19,15 +21,6 @@ SPLITS = {"test": range(0, 2), "validation": range(2, 3), "train": range(3, 10)}
 """Share of the problem space in tenths."""
 
 MAX_DRAWS_PER_ROW = 200
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A question, its answer, and how a demonstrator would write it down."""
-
-    question: str
-    answer: str
-    demonstration: str
 
 
 def _between(low: int, high: int, rng: np.random.Generator) -> int:
@@ -120,6 +113,8 @@ TASKS: dict[str, Callable[..., Problem]] = {
     "counting": counting,
     "reversing": reversing,
     "addition": addition,
+    "calculator": calculator,
+    "search": search,
 }
 
 
@@ -150,13 +145,14 @@ def make_task(name: str, *, size: int, seed: int, split: str, **args: object) ->
     while len(examples) < size:
         problem = TASKS[name](rng, **args)
         draws_since_new += 1
-        if split_of(problem.question) == split and problem.question not in examples:
+        row = problem.question + problem.variant
+        if split_of(problem.question) == split and row not in examples:
             draws_since_new = 0
-            examples[problem.question] = Example(
-                id=f"{name}-{derive_seed(problem.question):016x}",
-                prompt=problem.question,
+            examples[row] = Example(
+                id=f"{name}-{derive_seed(row):016x}",
+                prompt=problem.question + problem.given,
                 answer=problem.answer,
-                columns={"completion": problem.demonstration},
+                columns={"completion": problem.demonstration, **problem.columns},
             )
         elif draws_since_new > MAX_DRAWS_PER_ROW:
             raise DataError(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SOURCE_KINDS = ("hub", "jsonl", "parquet", "task", "reasoning_gym", "stage")
-TaskName = Literal["arithmetic", "largest", "counting", "reversing", "addition"]
+TaskName = Literal["arithmetic", "largest", "counting", "reversing", "addition", "search", "calculator"]
 
 
 class Section(BaseModel):
