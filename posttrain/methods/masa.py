@@ -230,8 +230,7 @@ class Masa(Method):
 
     @staticmethod
     def _limit(forecast: Forecast, cap: int, config: EfficientConfig) -> int:
-        options = {"multiplier": config.multiplier, "min_limit": config.min_limit}
-        return length_limit(forecast, cap, statistic=config.statistic, **options)
+        return length_limit(forecast, cap, config.multiplier, config.statistic, config.min_limit)
 
     def _hinted(
         self,

@@ -173,7 +173,6 @@ def is_gated(
 def length_limit(
     forecast: Forecast,
     max_tokens: int,
-    *,
     multiplier: float = 2.0,
     statistic: Literal["mean", "median", "max"] = "mean",
     min_limit: int = 1,
