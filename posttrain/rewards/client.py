@@ -108,6 +108,7 @@ class JsonClient:
         self._socket = socket
         self._session: aiohttp.ClientSession | None = None
         self._random = random.Random()
+        self._turn = asyncio.Lock()
         self._next_request = 0.0
         self._successes = 0
 
@@ -125,7 +126,8 @@ class JsonClient:
 
         Raises:
             RewardUnavailable: every attempt found the server away (no connection, no answer in time, status
-                429, 502, 503 or 504), and no other request of this client has succeeded since the first did.
+                429, 502, 503 or 504), and no other request of this client has succeeded meanwhile: else it is
+                this request that the server cannot answer.
             RewardError: the request failed, with status and the start of the body.
         """
         return await self._call("POST", path, json.dumps(body).encode(), check)
@@ -143,20 +145,27 @@ class JsonClient:
     async def _call(
         self, method: str, path: str, data: bytes | None, check: Callable[[Any], Any] | None
     ) -> Any:
-        started, away, before = time.monotonic(), True, 0
+        session = self._open()
+        started = time.monotonic()
+        away = True
+        before = seen = self._successes
         for attempt in range(self._retries + 1):
             await self._take_turn()
             count("requests")
             if attempt:
                 count("retries")
-            answer = await self._attempt(method, path, data, check)
+                # Not after the last attempt: a server may come back while that one is under way.
+                seen = self._successes
+            answer = await self._attempt(session, method, path, data, check)
             if not isinstance(answer, _Failure):
                 self._successes += 1
                 return answer
             count(answer.kind)
             away = away and answer.away
             if attempt == 0:
-                before = self._successes
+                seen = self._successes
+                if answer.kind != "timeouts":  # before that, the server was well
+                    before = seen
             if not answer.retry:
                 break
             if attempt < self._retries:
@@ -166,17 +175,15 @@ class JsonClient:
         text = f"{self.place}{path} failed ({tries}{answer.text})"
         if self._token:
             text = text.replace(self._token, "…")  # servers may repeat it
-        if away and self._successes == before:
+        if away and seen == before:
             raise RewardUnavailable(text)
         raise RewardError(text)
 
-    async def _attempt(
-        self, method: str, path: str, data: bytes | None, check: Callable[[Any], Any] | None
-    ) -> Any:
-        """One request: the answer, or a `_Failure`."""
-        import aiohttp  # takes a third of a second, which `posttrain plan` has not
-
+    def _open(self) -> aiohttp.ClientSession:
+        """The session, made in the loop that is running."""
         if self._session is None:
+            import aiohttp  # takes a third of a second, which `posttrain plan` has not
+
             connector = (
                 aiohttp.UnixConnector(self._socket, limit=0)
                 if self._socket is not None
@@ -184,8 +191,21 @@ class JsonClient:
             )
             limit = aiohttp.ClientTimeout(total=self._timeout)
             self._session = aiohttp.ClientSession(connector=connector, timeout=limit, headers=self._headers)
+        return self._session
+
+    async def _attempt(
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        data: bytes | None,
+        check: Callable[[Any], Any] | None,
+    ) -> Any:
+        """One request: the answer, or a `_Failure`."""
+        import aiohttp
+
         try:
-            async with self._session.request(
+            async with session.request(
                 method, self._url.rstrip("/") + path if path else self._url, data=data, allow_redirects=False
             ) as response:
                 body = await response.read()
@@ -215,13 +235,12 @@ class JsonClient:
         return self._random.uniform(0.0, min(BACKOFF_CAP, base * 2**attempt))
 
     async def _take_turn(self) -> None:
-        """Wait until the rate allows a request."""
+        """Wait until the rate allows a request. One by one, so that a loop that was late makes no burst."""
         if self._rate is None:
             return
-        now = time.monotonic()
-        turn = max(self._next_request, now)
-        self._next_request = turn + 1.0 / self._rate
-        await asyncio.sleep(turn - now)
+        async with self._turn:
+            await asyncio.sleep(self._next_request - time.monotonic())
+            self._next_request = time.monotonic() + 1.0 / self._rate
 
 
 def _retry_after(value: str | None) -> float:

@@ -8,6 +8,7 @@ from email.utils import formatdate
 
 import pytest
 from aiohttp import web
+from rewards.score_server import Server, script
 
 from posttrain.errors import RecipeError, RewardError, RewardUnavailable
 from posttrain.rewards.client import BACKOFF_BASE, BACKOFF_CAP, RETRY_AFTER_CAP, JsonClient, _retry_after
@@ -16,50 +17,11 @@ from posttrain.rewards.counts import counting
 TIMEOUT = 0.2
 
 
-class Server:
-    """Answers by a script: a status, a text to send with 200, `hang`, `drop`, or JSON (the default)."""
-
-    def __init__(self, script=(), rule=None):
-        self.script = list(script)
-        self.rule = rule or (lambda body: self.script.pop(0) if self.script else {"score": 1})
-        self.seen = []
-        self.times = []
-
-    async def __aenter__(self):
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._answer)
-        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self.runner.setup()
-        site = web.TCPSite(self.runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
-        return self
-
-    async def __aexit__(self, *error):
-        await self.runner.cleanup()
-
-    async def _answer(self, request):
-        body = await request.json() if request.can_read_body else None
-        self.seen.append((request.method, request.path, body, dict(request.headers)))
-        self.times.append(time.monotonic())
-        act = self.rule(body)
-        if act == "hang":
-            await asyncio.sleep(10 * TIMEOUT)
-        if act == "drop":
-            request.transport.close()
-        if isinstance(act, str):
-            return web.Response(text=act)
-        if isinstance(act, tuple):
-            status, text, headers = act
-            return web.Response(status=status, text=text, headers=headers)
-        return web.Response(status=act, text="sorry") if isinstance(act, int) else web.json_response(act)
-
-
-def play(script, calls=1, path="", check=None, **options):
+def play(acts, calls=1, path="", check=None, **options):
     """Answers or errors of concurrent calls, what was counted, and the server."""
 
     async def run():
-        async with Server(script) as server:
+        async with Server(script(*acts)) as server:
             client = JsonClient("mine", server.url, timeout=TIMEOUT, **options)
             with counting() as counts:
                 answers = await asyncio.gather(
@@ -131,7 +93,7 @@ def test_a_server_that_is_there_and_fails(script):
 
 def test_one_bad_sample_among_good_ones_is_no_outage():
     async def run():
-        async with Server(rule=lambda body: 503 if body["n"] == 0 else {"score": 1}) as server:
+        async with Server(lambda body: 503 if body["n"] == 0 else {"score": 1}) as server:
             client = JsonClient("mine", server.url, timeout=TIMEOUT)
             bad = asyncio.ensure_future(client.post({"n": 0}))
             while not bad.done():
@@ -219,3 +181,19 @@ def test_over_a_unix_socket(tmp_path):
         return answer
 
     assert asyncio.run(run()) == {"ok": True}
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_request_that_hangs_while_others_are_answered_is_no_outage(retries):
+    """What a server cannot answer must not be waited for: it will not be answered later either."""
+
+    async def run():
+        async with Server(lambda body: "hang" if body["n"] == 0 else {"score": 1}) as server:
+            client = JsonClient("mine", server.url, timeout=TIMEOUT, retries=retries)
+            answers = await asyncio.gather(*(client.post({"n": n}) for n in range(3)), return_exceptions=True)
+            await client.close()
+            return answers
+
+    error, *others = asyncio.run(run())
+    assert type(error) is RewardError
+    assert others == [{"score": 1}] * 2
