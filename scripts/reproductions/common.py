@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,21 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path("runs")
 """Where the runs are kept; those that are there are not repeated."""
 
+ALL = slice(None)
+
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """0.975 quantiles of Student's t with 1, 2, … degrees of freedom."""
 
 
-def run(recipe: Path, name: str, overrides: Sequence[str] = ()) -> Path:
-    """The folder of a finished run of a recipe.
+def run(recipe: Path, name: str, overrides: Sequence[str] = (), stages: slice = ALL) -> Path:
+    """The folder of a finished run of a recipe, or of a part of its stages.
 
     A run of this name with the same values that is finished is kept, one that is not is gone on with, and any
     other is replaced.
     """
     loaded = load_recipe(recipe, [*overrides, f"name={name}", f"output_dir={RUNS}"])
+    part = loaded.recipe.model_copy(update={"stages": loaded.recipe.stages[stages]})
+    loaded = replace(loaded, recipe=part)
     folder = RUNS / name
     written = folder / "recipe.yaml"
     if not written.is_file() or written.read_text() != dump_recipe(loaded.recipe):
@@ -48,6 +53,11 @@ def summary(folder: Path) -> dict[str, Any]:
     """`summary.json` of a finished run."""
     content: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return content
+
+
+def model_of(folder: Path) -> str:
+    """The model that a finished run has trained."""
+    return RunState.read(folder).stages[-1].model.path
 
 
 def metric(folder: Path, stage: int, name: str) -> float:
