@@ -97,6 +97,8 @@ def finetune(
         length = _length(row, tokenizer)
         if length > limit:
             raise DataError(f"demonstration {example.id!r} has {length} tokens; max_length is {limit}")
+    if "input_ids" in row:
+        return len(row["input_ids"])
 
     share, rest = divmod(stage.batch_size, world_size())
     if rest or share % (stage.micro_batch_size or share):
