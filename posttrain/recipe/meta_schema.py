@@ -64,3 +64,14 @@ class AlignmentConfig(Section):
     notion_match: Literal["substring", "words"] = "substring"
     """`substring` is case-sensitive, as in the released code; `words` ignores case, matches at the beginning
     of a word and takes no notion below three characters."""
+
+
+class MetaEvaluation(Section):
+    """Metric `meta`: a model's self-predictions against its own solutions of the same problems."""
+
+    samples: int = Field(default=8, ge=1)
+    """Self-predictions of one problem; the solutions are the stage's `samples`, which should be 8 or more."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Cap on a self-prediction; None is that of a solution."""
+    question: MetaFormat = MetaFormat()
+    reward: AlignmentConfig = AlignmentConfig()

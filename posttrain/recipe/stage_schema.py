@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.recipe.data_schema import DataSource, Section
+from posttrain.recipe.meta_schema import MetaEvaluation
 from posttrain.recipe.rewards_schema import RewardSpec, reward_specs
 
 LossKind = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "rloo", "reinforce_pp"]
@@ -196,7 +197,10 @@ class EvaluateStage(Section):
     max_tokens: int | None = Field(default=None, ge=1)
     """None is `rollout.max_tokens`."""
     metrics: list[str] = Field(default=["pass@1", "mean_length"])
-    """`pass@K` (unbiased), `maj@K`, `greedy` (accuracy at temperature 0), `mean_length`."""
+    """`pass@K` (unbiased), `maj@K`, `greedy` (accuracy at temperature 0), `mean_length`; `meta`, how well the
+    model predicts its own pass rate and length before solving."""
+    meta: MetaEvaluation = MetaEvaluation()
+    """How metric `meta` is measured."""
     correct: CorrectConfig = CorrectConfig()
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
     """Coverage of the intervals."""
@@ -212,10 +216,11 @@ class EvaluateStage(Section):
         for metric in metrics:
             base, _, k = metric.partition("@")
             if not (
-                metric in ("greedy", "mean_length")
+                metric in ("greedy", "mean_length", "meta")
                 or (base in ("pass", "maj") and k.isdigit() and int(k) > 0)
             ):
-                raise ValueError(f"unknown metric {metric!r}; known: pass@K, maj@K, greedy, mean_length")
+                known = "pass@K, maj@K, greedy, mean_length, meta"
+                raise ValueError(f"unknown metric {metric!r}; known: {known}")
         return metrics
 
     @model_validator(mode="after")

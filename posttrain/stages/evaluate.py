@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from posttrain.data.sources import load_examples
 from posttrain.evaluation.metrics import Estimate, estimate
 from posttrain.evaluation.samples import GREEDY_ROLE, group_by_problem, problem_values
+from posttrain.evaluation.self_predictions import questions, self_assessment
 from posttrain.recipe.schema import EvaluateStage
 from posttrain.rewards.scorer import Scorer
 from posttrain.rewards.shared import SharedEngine
@@ -64,6 +65,8 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
                     context,
                     "greedy",
                 )
+            asked = questions(requests, stage.meta, prompts.encode) if "meta" in stage.metrics else []
+            told = _answer(asked, engine, None, context, "self-predictions")
     finally:
         engine.close()
 
@@ -86,8 +89,11 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
         "correct": {"reward": reward, "threshold": stage.correct.threshold},
         "metrics": {name: value.to_dict() for name, value in metrics.items()},
         "unscored": sum(outcome is None for outcome in correct),
-        "tokens/sampled": sum(rollout.completion.sampled_tokens for rollout in rollouts),
+        "tokens/sampled": sum(rollout.completion.sampled_tokens for rollout in [*rollouts, *told]),
     }
+    if asked:
+        sampled_ones = zip(sampled, correct[: len(sampled)], strict=True)
+        summary["meta"] = self_assessment(list(sampled_ones), told.rollouts, stage.meta)
     if context.rank == 0:
         write_rollouts(context.folder("rollouts") / "samples.parquet", rows)
         write_json(context.folder("evaluations") / "metrics.json", summary)
@@ -97,18 +103,22 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
 def _answer(
     requests: Sequence[RolloutRequest],
     engine: RolloutEngine,
-    scorer: Scorer,
+    scorer: Scorer | None,
     context: StageContext,
     what: str,
 ) -> RolloutBatch:
-    """Sample and score this process's share of the requests; the rollouts of all processes, in order."""
+    """Sample and score this process's share of the requests; the rollouts of all processes, in order.
+
+    Without a scorer they are not scored.
+    """
     context.show(0, 1, {"phase": what})
     start, end = (place * len(requests) // context.world for place in (context.rank, context.rank + 1))
     share = requests[start:end]
     answers = engine.generate(share)
     require_finite(share, answers)
     batch = make_rollouts(share, answers, engine.version)
-    scorer.score(batch.rollouts)
+    if scorer is not None:
+        scorer.score(batch.rollouts)
     return RolloutBatch(gather_object(batch.rollouts))
 
 
@@ -136,4 +146,5 @@ def measure(
         for rollout, outcome in zip(rollouts, correct, strict=True)
     ]
     problems = list(group_by_problem(rows).values())
-    return {name: estimate(problem_values(name, problems), stage.confidence) for name in stage.metrics}
+    names = [name for name in stage.metrics if name != "meta"]
+    return {name: estimate(problem_values(name, problems), stage.confidence) for name in names}
