@@ -30,9 +30,7 @@ def questions(
     for request in requests:
         cap, seed = request.sampling.max_tokens, derive_seed(request.sampling.seed, ROLE)
         example = meta_example(request.example, config.question, cap)
-        sampling = replace(
-            request.sampling, n=config.samples, max_tokens=config.max_tokens or cap, seed=seed
-        )
+        sampling = replace(request.sampling, n=config.samples, max_tokens=config.max_tokens or cap, seed=seed)
         asked.append(RolloutRequest(encode(example), example, request.group, sampling, ROLE))
     return asked
 
