@@ -301,14 +301,15 @@ class VerdictForm:
         else; a number outside of the scale is none.
         """
         text = without_thinking(answer).strip()
-        if not text:
-            return None
-        value = self._read_json(text) if self.structured else self._read_line(text.splitlines()[-1].strip())
+        value: Any = None
+        if self.structured:
+            value = self._read_json(text) or self._read_json(answer)  # the reason may mention `</think>`
+        elif text:
+            value = self._read_line(text.splitlines()[-1].strip())
         if self.mode == "pairwise":
             return _PREFERENCES.get(value.lower()) if isinstance(value, str) else None
         low, high = self.scale
-        number = isinstance(value, int) and not isinstance(value, bool)
-        return value if number and low <= int(value or 0) <= high else None  # type: ignore[return-value]
+        return value if type(value) is int and low <= value <= high else None
 
     def _read_line(self, line: str) -> int | str | None:
         if self.mode == "pairwise":

@@ -136,9 +136,10 @@ def _together(units: Sequence[Rounds], max_tokens: int, engine: SharedEngine) ->
                 values[index] = end.value
             except Exception as error:
                 values[index] = error
-        flat = [question for questions in asked.values() for question in questions]
-        given = iter(engine.answer(flat, max_tokens))
-        replies = {index: [next(given) for _ in questions] for index, questions in asked.items()}
+        # Equal questions have equal answers.
+        different = list(dict.fromkeys(question for questions in asked.values() for question in questions))
+        given = dict(zip(different, engine.answer(different, max_tokens), strict=True))
+        replies = {index: [given[question] for question in questions] for index, questions in asked.items()}
     return values
 
 
