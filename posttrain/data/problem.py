@@ -12,7 +12,8 @@ class Problem:
     """A question, its answer, and how a demonstrator would write it down.
 
     `given` is the beginning of the demonstration where the prompt has it already. Rows with the same question
-    are one row, unless `variant` tells them apart. A demonstration with tool calls is a list of messages.
+    are one row, unless `variant` tells them apart. `prompt` is what is asked where that is not the question,
+    which still decides about the split. A demonstration with tool calls is a list of messages.
     `columns` are further columns of the row.
     """
 
@@ -21,4 +22,5 @@ class Problem:
     demonstration: Prompt
     given: str = ""
     variant: str = ""
+    prompt: str = ""
     columns: dict[str, str] = field(default_factory=dict)

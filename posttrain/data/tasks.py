@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from posttrain.data.assessments import assessing
 from posttrain.data.calculator import calculator
 from posttrain.data.problem import Problem
 from posttrain.data.search import search
@@ -116,6 +117,8 @@ TASKS: dict[str, Callable[..., Problem]] = {
     "calculator": calculator,
     "search": search,
 }
+BASIC = (arithmetic, largest, counting, reversing, addition)
+TASKS |= {f"meta_{task.__name__}": assessing(task) for task in BASIC}
 
 
 def split_of(question: str) -> str:
@@ -150,7 +153,7 @@ def make_task(name: str, *, size: int, seed: int, split: str, **args: object) ->
             draws_since_new = 0
             examples[row] = Example(
                 id=f"{name}-{derive_seed(row):016x}",
-                prompt=problem.question + problem.given,
+                prompt=problem.prompt or problem.question + problem.given,
                 answer=problem.answer,
                 columns={"completion": problem.demonstration, **problem.columns},
             )

@@ -7,7 +7,20 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SOURCE_KINDS = ("hub", "jsonl", "parquet", "task", "reasoning_gym", "stage")
-TaskName = Literal["arithmetic", "largest", "counting", "reversing", "addition", "search", "calculator"]
+TaskName = Literal[
+    "arithmetic",
+    "largest",
+    "counting",
+    "reversing",
+    "addition",
+    "search",
+    "calculator",
+    "meta_arithmetic",
+    "meta_largest",
+    "meta_counting",
+    "meta_reversing",
+    "meta_addition",
+]
 
 
 class Section(BaseModel):
