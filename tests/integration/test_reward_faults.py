@@ -1,5 +1,6 @@
 """Rewards that fail in every way, in real processes: no failure becomes a score, no process is left."""
 
+import random
 import subprocess
 import sys
 import threading
@@ -91,6 +92,97 @@ def test_forty_faults_off_the_main_thread(marked):
     assert_as_injected(texts, rollouts, reports[0], KINDS)
     assert len(faults) >= 40
     wait_until(lambda: not marked())
+
+
+PLAIN = """
+import ctypes, os, re, sys, time
+
+def plain(completion, example):
+    with open("started", "a") as file:
+        file.write(f"{os.getpid()} {time.monotonic()} {completion.text}\\n")
+    return ACTIONS[completion.text]()
+
+def fail(error):
+    raise error
+
+def for_ever():
+    while True:
+        pass
+
+def recurse():
+    return recurse()
+
+ACTIONS = {
+    "fine": lambda: 1.0,
+    "print": lambda: [print("x" * 1_000_000) for _ in range(20)] and 1.0,
+    "raise": lambda: fail(ValueError("boom")),
+    "recursion": recurse,
+    "memory": lambda: len(bytearray(5 << 30)),
+    "sys.exit": lambda: sys.exit(3),
+    "nan": lambda: float("nan"),
+    "str": lambda: "1.0",
+    "os._exit": lambda: os._exit(3),
+    "kill": lambda: os.kill(os.getpid(), 9),
+    "segfault": lambda: ctypes.string_at(0),
+    "while": for_ever,
+    "regex": lambda: re.match(r"(a+)+$", "a" * 64 + "b"),
+    "sleep": lambda: time.sleep(3600),
+}
+"""
+STEPS = 5
+FAULTS = {  # of each step
+    "exception": ["raise"] * 8 + ["recursion"] * 5 + ["memory"] * 4 + ["sys.exit"] * 5,
+    "value": ["nan"] * 5 + ["str"] * 5,
+    "died": ["os._exit", "kill", "segfault"],
+    "timeout": ["while", "regex", "regex", "while", "sleep"],
+}
+
+
+def test_two_hundred_faults_in_a_run(marked, tmp_path, monkeypatch):
+    """Every one is counted in the metrics of its step, none is scored, and no process is left."""
+    from posttrain.rewards import pool
+    from posttrain.rollout.types import RolloutBatch
+    from posttrain.training.collect import Collected
+
+    ended = {}
+    kill = pool._Worker.kill
+
+    def noted(self):
+        code = kill(self)
+        ended[self.process.pid] = time.monotonic()
+        return code
+
+    monkeypatch.setattr(pool._Worker, "kill", noted)
+    (tmp_path / "plain.py").write_text(PLAIN)
+    texts = [text for faults in FAULTS.values() for text in faults] + ["fine"] * 15 + ["print"] * 2
+    kinds = {text: kind for kind, faults in FAULTS.items() for text in faults}
+    limit = 0.3
+    with make_scorer({"name": "plain", "from": "plain.py", "timeout": limit}, memory_gib=2.0) as scorer:
+        for step in range(STEPS):
+            random.Random(step).shuffle(texts)
+            rollouts = make_rollouts(texts)
+            collected = Collected(RolloutBatch([]))
+            collected.count(scorer.score(rollouts, step))
+            assert collected.counts == {
+                "rewards/cache_hits": 0,
+                **{f"rewards/plain/errors/{kind}": len(faults) for kind, faults in FAULTS.items()},
+            }
+            for rollout in rollouts:
+                error = rollout.reward_errors.get("plain", "none: ").partition(":")[0]
+                assert error == kinds.get(rollout.completion.text, "none"), rollout.reward_errors
+                assert rollout.reward == (1.0 if error == "none" else None)
+        wait_until(lambda: len(marked()) == 2)
+    wait_until(lambda: not marked())
+    assert STEPS * sum(map(len, FAULTS.values())) == 200
+
+    # From the start of the sample that was a process's last to the end of the process.
+    last = {line.split()[0]: line.split() for line in (tmp_path / "started").open()}
+    hung = [(int(pid), float(at)) for pid, at, text in last.values() if kinds.get(text) == "timeout"]
+    seconds = sorted(ended[pid] - at for pid, at in hung)
+    assert len(seconds) == STEPS * len(FAULTS["timeout"])
+    assert seconds[0] >= limit
+    # All but those for which a busy machine had no time.
+    assert seconds[int(0.8 * len(seconds))] <= limit + 0.5, seconds
 
 
 def test_async_faults(marked):
