@@ -36,8 +36,8 @@ def calculator(
     `easy`, `medium` and `hard` are the shares of the families. The demonstrator calls the calculator with
     probability `tool`, and of these times with probability `redundant` once more.
     """
-    shares = np.array([easy, medium, hard], dtype=np.float64)
-    family = FAMILIES[int(rng.choice(3, p=shares / shares.sum()))]
+    drawn = rng.random() * (easy + medium + hard)
+    family = FAMILIES[int(drawn >= easy) + int(drawn >= easy + medium)]
     match family:
         case "easy":
             a, b = rng.integers(0, 10, size=2)

@@ -145,8 +145,8 @@ class Format:
     def __call__(self, completion: Completion, example: Example) -> float:
         """1 or 0."""
         if self._pattern is not None:
-            return float(self._pattern.fullmatch(completion.text) is not None)
-        return float(self._has_tags(completion.text))
+            return float(self._pattern.fullmatch(completion.written) is not None)
+        return float(self._has_tags(completion.written))
 
     def _has_tags(self, text: str) -> bool:
         if any(text.count(mark) != 1 for mark in self._marks):
@@ -208,7 +208,7 @@ class ReasoningGym:
             "metadata": example.columns["metadata"],
         }
         return float(
-            self._scorer_of(example.columns["source_dataset"])(extract_answer(completion.text), entry)
+            self._scorer_of(example.columns["source_dataset"])(extract_answer(completion.written), entry)
         )
 
 
@@ -268,7 +268,7 @@ class Code:
         tests = parse_tests(value) if value is not None else []
         if not tests:
             return None
-        code = extract_code(completion.text)
+        code = extract_code(completion.written)
         if code is None:
             return 0.0
         runs = [CodeRun.of(code, test) for test in tests]
@@ -282,7 +282,7 @@ def answer_pair(completion: Completion, example: Example) -> tuple[str | None, s
     reference = example.answer
     if reference is not None:
         reference = extract_answer(reference) or reference.strip()
-    return extract_answer(completion.text), reference
+    return extract_answer(completion.written), reference
 
 
 CANONICAL_INPUTS: dict[str, Callable[[Completion, Example], Hashable]] = {"math_answer": answer_pair}

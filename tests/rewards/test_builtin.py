@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import math_verify
 import pytest
@@ -18,7 +19,7 @@ from posttrain.rewards.builtin import (
     parse_number,
 )
 from posttrain.rewards.maths import same_plain_numbers
-from posttrain.rollout.types import Example
+from posttrain.rollout.types import Completion, Example, Turn
 
 
 def example(answer, **columns):
@@ -323,3 +324,13 @@ def test_reasoning_gym_agrees_with_the_dataset(name):
 def test_reasoning_gym_needs_its_columns():
     with pytest.raises(ValueError, match="no column 'source_dataset'"):
         ReasoningGym()(completion("42"), example("42"))
+
+
+def test_what_tools_say_is_no_answer():
+    said = "<answer>42</answer>"
+    tools = Completion(
+        (1, 2, 3), (0.0,) * 3, "stop", f"call {said} 41", (1, 0, 1), (Turn(0, 1, "call "), Turn(2, 3, "41"))
+    )
+    assert exact_match(tools, example("42")) == 0.0
+    assert exact_match(replace(tools, turns=()), example("42")) == 1.0
+    assert Format(pattern="call 41")(tools, example("42")) == 1.0
