@@ -20,6 +20,7 @@ from posttrain.recipe.data_schema import SOURCE_KINDS
 from posttrain.recipe.load import LoadedRecipe
 from posttrain.recipe.model_info import read_model_info
 from posttrain.recipe.nodes import Problem
+from posttrain.recipe.preference_schema import PreferenceStage
 from posttrain.recipe.schema import (
     ROW_WRITERS,
     DataSource,
@@ -38,6 +39,8 @@ Finding = tuple[str, str]
 
 STAGE_KINDS = tuple(StageSpec.model_fields)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+PAIRS = r"stages\[\d+\]\.(annotate_preferences|reward_model)\."
+"""Keys of data sources whose rows are preference pairs."""
 SAMPLE_ROWS = 20
 """Rows of a jsonl file whose columns are looked at."""
 
@@ -74,8 +77,10 @@ def find_problems(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
             yield from _sft(recipe, stage, key)
         elif isinstance(stage, PolicyStage):
             yield from _policy(recipe, stage, key)
-        else:
+        elif isinstance(stage, EvaluateStage):
             yield from _evaluate(recipe, stage, key)
+        elif isinstance(stage, PreferenceStage):
+            yield from _preferences(stage, key)
 
 
 def data_sources(recipe: Recipe, kinds: Collection[str] = STAGE_KINDS) -> Iterator[tuple[str, DataSource]]:
@@ -137,7 +142,8 @@ def _lengths(recipe: Recipe, kinds: Collection[str], context: int | None) -> Ite
 
 
 def _samples(recipe: Recipe, kinds: Collection[str]) -> bool:
-    return any(stage.kind in kinds and stage.kind != "sft" for stage in recipe.stages)
+    samplers = (PolicyStage, EvaluateStage)
+    return any(stage.kind in kinds and isinstance(stage.config, samplers) for stage in recipe.stages)
 
 
 def _source(key: str, source: DataSource) -> Iterator[Finding]:
@@ -155,8 +161,14 @@ def _source(key: str, source: DataSource) -> Iterator[Finding]:
     if problem is not None:
         yield f"{key}.jsonl", problem
         return
-    for name in ("prompt", "answer", "completion"):
-        column = getattr(source.columns, name)
+    wanted: dict[str, str | None] = source.columns.model_dump()
+    if re.match(PAIRS, key):
+        wanted = {"prompt": source.columns.prompt}
+        for column in ("chosen", "rejected"):
+            if column not in columns:
+                text = f"{source.jsonl} has no column {column!r}, which preferences need; it has "
+                yield f"{key}.jsonl", text + f"{', '.join(columns)}." + did_you_mean(column, columns)
+    for name, column in wanted.items():
         if column is not None and column not in columns:
             hint = " Set it to null when there is none." if name == "answer" else ""
             text = f"{source.jsonl} has no column {column!r}; it has {', '.join(columns)}."
@@ -393,6 +405,19 @@ def builtin_methods() -> list[str]:
 
     folder = Path(posttrain.methods.__path__[0])
     return sorted(file.stem for file in folder.glob("*.py") if file.stem not in ("__init__", "base"))
+
+
+def _preferences(stage: PreferenceStage, key: str) -> Iterator[Finding]:
+    if stage.micro_batch_size is not None and stage.micro_batch_size > stage.batch_size:
+        yield f"{key}.micro_batch_size", f"is larger than batch_size {stage.batch_size}."
+    sources = {"data": stage.data, "eval": getattr(stage, "eval", None)}
+    for name, source in sources.items():
+        if source is not None and (source.task is not None or source.reasoning_gym is not None):
+            yield f"{key}.{name}", "has problems and no preference pairs."
+    if stage.model is not None and is_local(stage.model.path):
+        folder = Path(stage.model.path).expanduser()
+        if not (folder / "config.json").is_file():
+            yield f"{key}.model.path", f"there is no model in {stage.model.path}."
 
 
 def _evaluate(recipe: Recipe, stage: EvaluateStage, key: str) -> Iterator[Finding]:

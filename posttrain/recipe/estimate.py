@@ -14,14 +14,19 @@ from pathlib import Path
 import yaml
 
 from posttrain.recipe.model_info import DTYPE_BYTES, ModelInfo
+from posttrain.recipe.preference_schema import PreferenceStage
 from posttrain.recipe.schema import (
+    AnnotatePreferencesStage,
     DataSource,
     EvaluateStage,
     LoraConfig,
     PolicyStage,
     Recipe,
+    RewardModelStage,
     SftStage,
 )
+
+Stage = SftStage | PolicyStage | EvaluateStage | PreferenceStage
 
 LOGIT_CHUNK_BYTES = 3 * 128 * 2**20
 """Log-probs exist for one chunk of tokens at a time: two to four tensors of 128 MiB."""
@@ -67,16 +72,17 @@ def count_rows(source: DataSource) -> int | None:
     return source.limit if rows is None else min(rows, source.limit)
 
 
-def size_of(stage: SftStage | PolicyStage | EvaluateStage, recipe: Recipe) -> StageSize:
-    """Rows, steps, rollouts and sampled tokens of a stage."""
+def size_of(stage: Stage, recipe: Recipe) -> StageSize:
+    """Rows, steps, rollouts and sampled tokens of a stage; steps are those of all models that it trains."""
     source = stage.data or (recipe.data.eval if isinstance(stage, EvaluateStage) else recipe.data.train)
     rows = None if source is None else count_rows(source)
     match stage:
-        case SftStage():
+        case SftStage() | PreferenceStage():
+            models, share = _models(stage)
             steps = stage.max_steps
             if steps is None and rows is not None:
-                steps = math.ceil(rows / stage.batch_size * stage.epochs)
-            return StageSize(rows, steps, None, None)
+                steps = math.ceil(rows * share / stage.batch_size * stage.epochs)
+            return StageSize(rows, None if steps is None else models * steps, None, None)
         case PolicyStage():
             rollouts = stage.steps * stage.prompts_per_step * stage.group_size
             tokens = rollouts * recipe.rollout.max_tokens * (1 + stage.dynamic_sampling)
@@ -90,6 +96,13 @@ def size_of(stage: SftStage | PolicyStage | EvaluateStage, recipe: Recipe) -> St
             return StageSize(rows, None, answers, None if answers is None else answers * cap)
 
 
+def _models(stage: SftStage | PreferenceStage) -> tuple[int, float]:
+    """How many models a stage trains, each on which share of the rows."""
+    if not isinstance(stage, AnnotatePreferencesStage):
+        return 1, 1.0
+    return stage.members * stage.folds, 1.0 if stage.folds == 1 else 1.0 - 1.0 / stage.folds
+
+
 def trainable_parameters(info: ModelInfo, lora: LoraConfig | None) -> int:
     """Parameters that get gradients: all, or r·(inputs + outputs) for every adapted linear layer."""
     if lora is None:
@@ -99,8 +112,10 @@ def trainable_parameters(info: ModelInfo, lora: LoraConfig | None) -> int:
     return info.layers * sum(lora.r * (inputs + outputs) for inputs, outputs in adapted)
 
 
-def memory_of(stage: SftStage | PolicyStage | EvaluateStage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
+def memory_of(stage: Stage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
     """Memory of the stage's phases in one process."""
+    if isinstance(stage, PreferenceStage):
+        return _preference_memory(stage, recipe, info)
     weights = (info.parameters or 0) * element_bytes(recipe, info)
     sampler = {"weights": weights}
     if replicas := _engines_here(recipe):
@@ -134,6 +149,21 @@ def memory_of(stage: SftStage | PolicyStage | EvaluateStage, recipe: Recipe, inf
     ]
 
 
+def _preference_memory(stage: PreferenceStage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
+    """As for fine-tuning, twice the rows and no logits; nothing is known of a model other than the policy."""
+    if stage.model is not None:
+        return []
+    alike = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": stage.lora})})
+    trained = {
+        "weights": (info.parameters or 0) * element_bytes(alike, info),
+        **_training_state(alike, info),
+    }
+    pairs = stage.micro_batch_size or math.ceil(stage.batch_size / processes(recipe))
+    tokens = 2 * pairs * (stage.max_length or info.context or 0)
+    activations = _activations(tokens, info, alike, checkpointing=False)
+    return [Memory("update", {**trained, "activations": activations})]
+
+
 def disk_of(recipe: Recipe, info: ModelInfo) -> int:
     """Bytes that the run folder will take at most: models, checkpoints with optimiser state, rollouts."""
     element = element_bytes(recipe, info)
@@ -141,7 +171,10 @@ def disk_of(recipe: Recipe, info: ModelInfo) -> int:
     total = 0
     for spec in recipe.stages:
         stage = spec.config
-        if isinstance(stage, EvaluateStage):
+        if isinstance(stage, EvaluateStage | AnnotatePreferencesStage):
+            continue
+        if isinstance(stage, RewardModelStage):
+            total += (info.parameters or 0) * element if stage.model is None else 0
             continue
         total += trained if recipe.model.lora else (info.parameters or 0) * element
         if isinstance(stage, PolicyStage):

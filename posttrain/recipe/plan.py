@@ -10,6 +10,7 @@ from typing import Any
 from posttrain.recipe.check import data_sources, describe_source, require_runnable
 from posttrain.recipe.estimate import (
     Memory,
+    Stage,
     StageSize,
     count_rows,
     disk_of,
@@ -20,7 +21,15 @@ from posttrain.recipe.estimate import (
 )
 from posttrain.recipe.load import LoadedRecipe, recipe_to_dict
 from posttrain.recipe.model_info import ModelInfo, read_model_info
-from posttrain.recipe.schema import EvaluateStage, PolicyStage, Recipe, RewardSpec, SftStage
+from posttrain.recipe.preference_schema import PreferenceStage
+from posttrain.recipe.schema import (
+    AnnotatePreferencesStage,
+    EvaluateStage,
+    PolicyStage,
+    Recipe,
+    RewardSpec,
+    SftStage,
+)
 
 
 @dataclass(frozen=True)
@@ -200,6 +209,8 @@ def _stage_lines(recipe: Recipe, sizes: list[StageSize]) -> Iterator[tuple[str, 
                 text = _sft_line(stage, size)
             case PolicyStage():
                 text = _policy_line(stage, size)
+            case PreferenceStage():
+                text = _preference_line(stage, size)
             case _:
                 text = _evaluate_line(stage, size)
         name = spec.kind if stage.name == spec.kind else f"{spec.kind} {stage.name!r}"
@@ -211,6 +222,19 @@ def _sft_line(stage: SftStage, size: StageSize) -> str:
     steps = "" if size.steps is None else f" = {size.steps:,} steps"
     passes = f"{stage.epochs:g} × {rows}" if stage.max_steps is None else rows
     return f"{passes} in batches of {stage.batch_size}{steps}"
+
+
+def _preference_line(stage: PreferenceStage, size: StageSize) -> str:
+    pairs = "pairs" if size.rows is None else f"{size.rows:,} pairs"
+    steps = "" if size.steps is None else f" = {size.steps:,} steps"
+    start = "the policy" if stage.model is None else stage.model.path
+    if isinstance(stage, AnnotatePreferencesStage):
+        models = f"{stage.members * stage.folds} models from {start}"
+        part = "all of them" if stage.folds == 1 else f"{stage.folds - 1} of {stage.folds} folds"
+        each = f"{stage.members} votes on each of {pairs}: {models}, each trained on {part}"
+        return f"{each} in batches of {stage.batch_size}{steps}, then {stage.treatment}"
+    passes = f"{stage.epochs:g} × {pairs}" if stage.max_steps is None else pairs
+    return f"{passes} in batches of {stage.batch_size}{steps}, from {start}"
 
 
 def _policy_line(stage: PolicyStage, size: StageSize) -> str:
@@ -250,7 +274,7 @@ def _closing_line(recipe: Recipe) -> str:
     return f"This will {steps}{where}, and write to {Path(recipe.output_dir) / recipe.name}."
 
 
-def _what(stage: SftStage | PolicyStage | EvaluateStage) -> str:
+def _what(stage: Stage) -> str:
     match stage:
         case SftStage():
             return "fine-tune on demonstrations"
@@ -258,6 +282,10 @@ def _what(stage: SftStage | PolicyStage | EvaluateStage) -> str:
             return f"train {stage.steps:,} steps with {stage.loss.kind}"
         case EvaluateStage():
             return f"evaluate {', '.join(stage.metrics)}"
+        case AnnotatePreferencesStage():
+            return "vote on preferences"
+        case _:
+            return f"train the reward model {stage.name}"
 
 
 def _table(rows: list[tuple[str, ...]], indent: int = 0) -> list[str]:

@@ -17,6 +17,8 @@ from posttrain.recipe.data_schema import DataSource as DataSource
 from posttrain.recipe.data_schema import Section as Section
 from posttrain.recipe.model_schema import LoraConfig as LoraConfig
 from posttrain.recipe.model_schema import ModelConfig as ModelConfig
+from posttrain.recipe.preference_schema import AnnotatePreferencesStage as AnnotatePreferencesStage
+from posttrain.recipe.preference_schema import RewardModelStage as RewardModelStage
 from posttrain.recipe.rewards_schema import RewardModelConfig as RewardModelConfig
 from posttrain.recipe.rewards_schema import RewardOptions as RewardOptions
 from posttrain.recipe.rewards_schema import RewardSpec as RewardSpec
@@ -29,9 +31,9 @@ from posttrain.recipe.stage_schema import LossKind as LossKind
 from posttrain.recipe.stage_schema import OptimizerConfig as OptimizerConfig
 from posttrain.recipe.stage_schema import PolicyStage as PolicyStage
 from posttrain.recipe.stage_schema import SftStage as SftStage
-
-
 from posttrain.recipe.tools_schema import ToolsConfig as ToolsConfig
+
+
 class ServerConfig(Section):
     """The replicas of engine `vllm_server`."""
 
@@ -102,6 +104,8 @@ class StageSpec(Section):
     sft: SftStage | None = None
     policy: PolicyStage | None = None
     evaluate: EvaluateStage | None = None
+    annotate_preferences: AnnotatePreferencesStage | None = None
+    reward_model: RewardModelStage | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> StageSpec:
@@ -145,12 +149,12 @@ class Recipe(Section):
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    tools: ToolsConfig | None = None
+    """What the policy can act on while it writes; None is nothing."""
     rewards: list[RewardSpec] = Field(default=[])
     """Names, or mappings with options."""
     reward_models: dict[str, RewardModelConfig] = Field(default={})
     """Reward models by the name under which `rewards` can list them."""
-    tools: ToolsConfig | None = None
-    """What the policy can act on while it writes; None is nothing."""
     reward_options: RewardOptions = RewardOptions()
     stages: list[StageSpec] = Field(min_length=1)
     """What to do, in order; each stage goes on with the model of the one before."""

@@ -27,6 +27,8 @@ HEALTH = (
     ("kl", "kl", "{:.4f}"),
     ("sampling/logprob_difference", "mismatch", "{:.1e}"),
     ("mean_token_accuracy", "token accuracy", "{:.3f}"),
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("gap", "gap", "{:.3f}"),
 )
 PHASES = ("generate", "score", "update", "sync")
 

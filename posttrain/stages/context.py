@@ -17,6 +17,7 @@ from posttrain.recipe.schema import (
     PolicyStage,
     Recipe,
     RewardModelConfig,
+    RewardModelStage,
     RewardSpec,
     SftStage,
 )
@@ -108,7 +109,9 @@ class StageContext:
         self.metrics.write(stage=self.name, kind=self.kind, step=step, metrics=metrics)
         self.show(step, steps, metrics)
 
-    def checkpointer(self, stage: SftStage | PolicyStage, updates_per_step: int = 1) -> Checkpointer:
+    def checkpointer(
+        self, stage: SftStage | PolicyStage | RewardModelStage, updates_per_step: int = 1
+    ) -> Checkpointer:
         """What trains this stage, from its newest checkpoint if there is one.
 
         What the run folder has of later steps is removed: it is about to be written again.

@@ -2,65 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from posttrain.data.prompts import encode_demonstration
 from posttrain.data.sources import load_examples
-from posttrain.errors import DataError, RecipeError
+from posttrain.errors import DataError
 from posttrain.recipe.schema import SftStage
 from posttrain.rollout.build import load_tokenizer
 from posttrain.rollout.tools_engine import prompts_of
 from posttrain.rollout.tools_format import ToolFormat
 from posttrain.rollout.types import Example
 from posttrain.stages.context import StageContext, StageResult
-from posttrain.training.arguments import optimizer_arguments, world_size
+from posttrain.training.arguments import batch_arguments, optimizer_arguments
 from posttrain.training.checkpoint import Checkpointer
 from posttrain.training.distributed import check_backend
 from posttrain.training.load import compute_dtype, load_policy
-
-
-class _Metrics(TrainerCallback):
-    """Passes every `every`-th log line on, with the means since the one before.
-
-    The Trainer logs every step and the means are taken here, because a checkpoint between two lines must hold
-    the part of them that is known, and the Trainer's own does not.
-    """
-
-    LAST = ("grad_norm", "learning_rate")
-    HIDDEN = ("epoch", "num_tokens")
-
-    def __init__(self, every: int, log: Callable[[int, int, dict[str, Any]], None]):
-    tools: ToolFormat | None = None,
-        self.every = every
-        self.log = log
-        self._values: dict[str, list[float]] = {}
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "loss" not in logs or not state.is_world_process_zero:
-            return
-        for key, value in logs.items():
-            if key not in self.HIDDEN:
-                self._values.setdefault(key, []).append(float(value))
-        if state.global_step % self.every == 0:
-            metrics = {
-                key: values[-1] if key in self.LAST else sum(values) / len(values)
-                for key, values in self._values.items()
-            }
-            self._values = {}
-            self.log(state.global_step, state.max_steps, metrics)
-
-    def state_dict(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        return {"values": self._values}, {}
-
-    def load_state_dict(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        self._values = {key: list(numbers) for key, numbers in values["values"].items()}
+from posttrain.training.means import StepMeans
 
 
 def finetune(
@@ -73,6 +37,7 @@ def finetune(
     seed: int,
     dtype: torch.dtype = torch.float32,
     prompt_format: Any = "auto",
+    tools: ToolFormat | None = None,
     report_to: Sequence[str] = (),
     log: Callable[[int, int, dict[str, Any]], None] = lambda step, of, metrics: None,
     checkpointer: Checkpointer | None = None,
@@ -97,21 +62,11 @@ def finetune(
         length = _length(row, tokenizer)
         if length > limit:
             raise DataError(f"demonstration {example.id!r} has {length} tokens; max_length is {limit}")
-    if "input_ids" in row:
-        return len(row["input_ids"])
 
-    share, rest = divmod(stage.batch_size, world_size())
-    if rest or share % (stage.micro_batch_size or share):
-        raise RecipeError(
-            f"sft.batch_size {stage.batch_size} does not divide into {world_size()} devices "
-            f"with micro-batches of {stage.micro_batch_size or share}"
-        )
     arguments = SFTConfig(
         output_dir=str(output_dir),
-        per_device_train_batch_size=stage.micro_batch_size or share,
-        gradient_accumulation_steps=share // (stage.micro_batch_size or share),
+        **batch_arguments(stage.batch_size, stage.micro_batch_size, "sft"),
         num_train_epochs=stage.epochs,
-    prompts = prompts_of(context.recipe.tools, tokenizer, source.format)
         max_steps=stage.max_steps or -1,
         max_length=None,
         completion_only_loss=True,
@@ -123,8 +78,7 @@ def finetune(
         report_to=list(report_to) or "none",
         **optimizer_arguments(stage.optimizer, dtype=dtype),
     )
-    metrics = _Metrics(stage.log_every, log)
-        tools=prompts if isinstance(prompts, ToolFormat) else None,
+    metrics = StepMeans(stage.log_every, log)
     trainer = SFTTrainer(
         model=model,
         args=arguments,
@@ -143,6 +97,8 @@ def finetune(
 
 def _length(row: dict[str, Any], tokenizer: Any) -> int:
     """Tokens of a demonstration with its prompt, as TRL will see it."""
+    if "input_ids" in row:
+        return len(row["input_ids"])
     if isinstance(row["completion"], str):
         return len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1  # the end of sequence
     messages = [*row["prompt"], *row["completion"]]
@@ -153,6 +109,7 @@ def run(stage: SftStage, context: StageContext) -> StageResult:
     """Run the stage: load, train, save."""
     source = context.data(stage.data or context.recipe.data.train)
     tokenizer = load_tokenizer(context.model)
+    prompts = prompts_of(context.recipe.tools, tokenizer, source.format)
     set_seed(context.recipe.seed)
     model = load_policy(context.model)
     checkpointer = context.checkpointer(stage)
@@ -165,6 +122,7 @@ def run(stage: SftStage, context: StageContext) -> StageResult:
         seed=context.recipe.seed,
         dtype=compute_dtype(context.model),
         prompt_format=source.format,
+        tools=prompts if isinstance(prompts, ToolFormat) else None,
         report_to=context.recipe.report_to,
         log=context.log_step,
         checkpointer=checkpointer,

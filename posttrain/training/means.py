@@ -25,6 +25,7 @@ class StepMeans(TrainerCallback):
         self._values: dict[str, list[float]] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        """A step's line of the Trainer; other lines (of an evaluation, of the end) are left alone."""
         if "loss" not in logs or not state.is_world_process_zero:
             return
         for key, value in logs.items():
@@ -39,7 +40,9 @@ class StepMeans(TrainerCallback):
             self.log(state.global_step, state.max_steps, metrics)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The values since the last line."""
         return {"values": self._values}, {}
 
     def load_state_dict(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state_dict` gave."""
         self._values = {key: list(numbers) for key, numbers in values["values"].items()}
