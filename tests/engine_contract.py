@@ -11,6 +11,7 @@ import contextlib
 import gc
 import hashlib
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from posttrain.errors import RolloutError
+from posttrain.recipe.tools_schema import ToolsConfig
 from posttrain.rollout.engine import RolloutEngine, require_finite
+from posttrain.rollout.tools_engine import ToolEngine, prompts_of
+from posttrain.rollout.tools_pool import ToolPool
 from posttrain.rollout.types import (
     Completion,
     Example,
@@ -415,6 +419,29 @@ class EngineContract:
             tokens_of(engine.fork(rollout, [33], 2, Sampling(9, temperature=0.8, seed=5)))[0]
             == (tokens_of(answers)[2][:2])
         )
+
+    def test_tools_work_on_it(self, engine: RolloutEngine, policy: PreTrainedModel, model_path: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        asked = [request("1+2=", 30, n=8, seed=5), request("9*9", 30, n=8, seed=6)]
+        plain = engine.generate(asked)
+        # A character that the model, whose weights are random, writes often ends a call.
+        often = Counter("".join(c.text for row in plain for c in row)).most_common(1)[0][0]
+        tools = ToolsConfig(use=["calculator"], calls="bare", close=often, result=("[", "]"), workers=1)
+        pool = ToolPool(tools)
+        try:
+            answers = ToolEngine(engine, pool, prompts_of(tools, tokenizer, "text"), tools).generate(asked)
+        finally:
+            pool.close()
+        assert any(completion.tool_calls for row in answers for completion in row)
+        for one, row in zip(asked, answers, strict=True):
+            for completion in row:
+                assert len(completion.token_ids) <= 30
+                expected = plain_logprobs(policy, one, completion)
+                for turn in completion.turns:
+                    ids = torch.tensor(completion.token_ids[turn.start : turn.stop])[:, None]
+                    found = torch.tensor(completion.logprobs[turn.start : turn.stop])
+                    wanted = expected[turn.start : turn.stop].gather(-1, ids).squeeze(-1)
+                    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
 
     def test_greedy_forks_of_a_greedy_rollout_write_it_again(self, engine: RolloutEngine) -> None:
         rollout = sampled_rollout(engine, request("1+2=", 60, temperature=0))
