@@ -47,6 +47,11 @@ def group_by_problem(rows: Iterable[Mapping[str, Any]]) -> dict[str, Problem]:
     return problems
 
 
+def is_of_samples(metric: str) -> bool:
+    """Whether a metric is one of the samples alone, which `problem_values` knows."""
+    return metric in ("greedy", "mean_length") or metric.startswith(("pass@", "maj@"))
+
+
 def problem_values(metric: str, problems: Sequence[Problem]) -> Values:
     """One value per problem for `pass@K`, `maj@K`, `greedy` or `mean_length` (tokens); NaN: left out.
 

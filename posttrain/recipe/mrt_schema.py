@@ -1,4 +1,4 @@
-"""The part of the recipe's schema about thinking traces: episodes, forced answers, filtering of own traces."""
+"""The part of the recipe's schema about thinking traces: episodes, forced answers, filtering of traces."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ MARKERS = [
     "But let me double-check",
     "But hold on",
 ]
+THINKING_METRICS = ("regret", "budget_curve", "episode_votes")
+"""Metrics of thinking that is cut short."""
 STOP_CUE = (
-    "\n\nTime is up.\n\nGiven the time I have spent and the approaches I have tried, I should stop thinking and "
-    "write the final answer from what I have.\n</think>\n\n**Solution and answer**\n\n1. "
+    "\n\nTime is up.\n\nGiven the time I have spent and the approaches I have tried, I should stop thinking "
+    "and write the final answer from what I have.\n</think>\n\n**Solution and answer**\n\n1. "
 )
 
 
@@ -53,6 +55,15 @@ class ProbeConfig(Section):
     """End of the thinking."""
     max_tokens: int = Field(default=256, ge=1)
     """Cap on a forced answer; shorter than the 4,096 of the paper's analysis, since probes are many."""
+
+
+class ThinkingConfig(Section):
+    """What the metrics `regret`, `budget_curve` and `episode_votes` of an evaluation are measured with."""
+
+    probes: ProbeConfig = ProbeConfig(branches=8, max_tokens=4096)
+    """Forced answers; 8 of at most 4,096 tokens, as in the paper's analysis."""
+    budgets: list[int] = Field(default=[4096, 8192, 12288, 16384], min_length=1)
+    """Tokens, thinking and answer together, at which `regret` and `budget_curve` are reported."""
 
 
 class StarStage(Section):

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from posttrain.recipe.data_schema import DataSource, Section
 from posttrain.recipe.meta_schema import MetaEvaluation
+from posttrain.recipe.mrt_schema import THINKING_METRICS, ThinkingConfig
 from posttrain.recipe.rewards_schema import RewardSpec, reward_specs
 
 LossKind = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "rloo", "reinforce_pp"]
@@ -198,7 +199,10 @@ class EvaluateStage(Section):
     """None is `rollout.max_tokens`."""
     metrics: list[str] = Field(default=["pass@1", "mean_length"])
     """`pass@K` (unbiased), `maj@K`, `greedy` (accuracy at temperature 0), `mean_length`; `meta`, how well the
-    model predicts its own pass rate and length before solving."""
+    model predicts its own pass rate and length before solving; of thinking cut short, `regret`,
+    `budget_curve` (accuracy against tokens) and `episode_votes` (majority votes after each episode)."""
+    thinking: ThinkingConfig = ThinkingConfig()
+    """How thinking is cut short for the last three."""
     meta: MetaEvaluation = MetaEvaluation()
     """How metric `meta` is measured."""
     correct: CorrectConfig = CorrectConfig()
@@ -216,11 +220,11 @@ class EvaluateStage(Section):
         for metric in metrics:
             base, _, k = metric.partition("@")
             if not (
-                metric in ("greedy", "mean_length", "meta")
+                metric in ("greedy", "mean_length", "meta", *THINKING_METRICS)
                 or (base in ("pass", "maj") and k.isdigit() and int(k) > 0)
             ):
-                known = "pass@K, maj@K, greedy, mean_length, meta"
-                raise ValueError(f"unknown metric {metric!r}; known: {known}")
+                known = ("pass@K", "maj@K", "greedy", "mean_length", "meta", *THINKING_METRICS)
+                raise ValueError(f"unknown metric {metric!r}; known: {', '.join(known)}")
         return metrics
 
     @model_validator(mode="after")

@@ -131,7 +131,7 @@ function lineChart(figure, chart, moved) {
     const keys = chart.lines.map((line, i) =>
       make("span", { class: chart.lines.length > 1 ? `key line${i % 4}` : "", style: `--key:var(--c${i % 6})` },
         chart.lines.length > 1 ? `${line.label} ` : "", make("b", {}, write(values[i].get(at), chart.form))));
-    readout.replaceChildren(...keys, make("span", {}, `step ${at}`));
+    readout.replaceChildren(...keys, make("span", {}, chart.unit ? `${at} ${chart.unit}` : `step ${at}`));
     if (!marks) return;
     marks.group.replaceChildren();
     if (step === null) return;
@@ -217,6 +217,9 @@ for (const section of document.querySelectorAll("[data-sync]")) {
   for (const figure of section.querySelectorAll("[data-chart]")) {
     show.push(lineChart(figure, report.charts[figure.dataset.chart], moved));
   }
+}
+for (const figure of document.querySelectorAll("[data-thinking]")) {
+  const show = lineChart(figure, report.thinking[figure.dataset.thinking], (at) => show(at));
 }
 for (const figure of document.querySelectorAll("[data-histogram]")) {
   histogram(figure, report.histograms[figure.dataset.histogram]);

@@ -26,6 +26,7 @@ from posttrain.report.results import results
 from posttrain.report.rollouts import Sample, distributions, sample_rollouts
 from posttrain.report.run_folder import Run, number, read_run
 from posttrain.report.series import stage_charts
+from posttrain.report.thinking import thinking_charts
 
 PHASES = ("generate", "score", "update", "sync")
 
@@ -51,9 +52,11 @@ def render(run: Run) -> str:
     sample = sample_rollouts(run)
     curves = [(stage, groups) for stage in run.stages if (groups := stage_charts(stage))]
     histograms = [(stage, panels) for stage in run.stages if (panels := distributions(stage))]
+    thinking = thinking_charts(run)
     script = "\n".join(_asset(name) for name in ("charts.js", "browser.js"))
     data = {
         "charts": [chart for _, groups in curves for group in groups for chart in group["charts"]],
+        "thinking": thinking,
         "histograms": [panel for _, panels in histograms for panel in panels],
         "prompts": sample.prompts,
         "rollouts": sample.rows,
@@ -68,6 +71,7 @@ def render(run: Run) -> str:
         tiles=_tiles(run, sample),
         results=results(run),
         findings=findings(run),
+        thinking=thinking,
         curves=curves,
         histograms=histograms,
         times=_times(run),

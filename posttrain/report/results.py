@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.evaluation.metrics import Estimate
+from posttrain.evaluation.samples import is_of_samples
 from posttrain.evaluation.table import Comparison, compare
 from posttrain.report.rollouts import evaluation_problems
 from posttrain.report.run_folder import Run, number
@@ -124,6 +125,7 @@ def _compared(
     if first is None or last is None or first is last:
         return {}
     confidence = next((e.confidence for column in columns for e in column.values() if e is not None), 0.95)
+    metrics = [metric for metric in metrics if is_of_samples(metric)]
     return compare(evaluation_problems(first), evaluation_problems(last), metrics, confidence)
 
 

@@ -56,7 +56,13 @@ def metric_name(metric: str) -> str:
         "greedy": "Greedy accuracy",
         "mean_length": "Mean length, tokens",
         "pass@1": "Sampled accuracy, pass@1",
+        "episode_regret": "Regret against voting after episodes",
     }
+    kind, _, budget = metric.partition("@")
+    if kind == "regret":
+        return f"Regret up to {budget} tokens"
+    if kind == "accuracy":
+        return f"Accuracy at {budget} tokens"
     return names.get(metric, metric)
 
 

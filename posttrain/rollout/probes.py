@@ -48,7 +48,7 @@ class MetaProver:
         self,
         engine: RolloutEngine,
         tokenizer: Any,
-        score: Callable[[Sequence[Rollout]], None],
+        score: Callable[[Sequence[Rollout]], object],
         config: ProbeConfig,
     ) -> None:
         self.engine = engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from accelerate.utils import gather_object
 
@@ -11,11 +12,14 @@ from posttrain.data.sources import load_examples
 from posttrain.evaluation.metrics import Estimate, estimate
 from posttrain.evaluation.samples import GREEDY_ROLE, group_by_problem, problem_values
 from posttrain.evaluation.self_predictions import questions, self_assessment
+from posttrain.evaluation.thinking import Trace, thinking_curves, thinking_metrics, trace_points, wanted
+from posttrain.recipe.mrt_schema import THINKING_METRICS
 from posttrain.recipe.schema import EvaluateStage
 from posttrain.rewards.scorer import Scorer
 from posttrain.rewards.shared import SharedEngine
 from posttrain.rollout.build import build_engine, load_tokenizer
 from posttrain.rollout.engine import RolloutEngine, require_finite
+from posttrain.rollout.probes import MetaProver
 from posttrain.rollout.tools_engine import prompts_of, with_tools
 from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, Sampling, make_rollouts, with_seed
 from posttrain.stages.context import StageContext, StageResult
@@ -30,6 +34,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     recipe = context.recipe
     source = context.data(stage.data or recipe.data.eval)
     rewards = recipe.rewards_of(stage)
+    reward = stage.correct.reward or rewards[0].name
     tokenizer = load_tokenizer(context.model)
     prompts = prompts_of(recipe.tools, tokenizer, source.format)
     examples = load_examples(source)
@@ -65,15 +70,15 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
                     context,
                     "greedy",
                 )
+            traces = _cut_short(stage, sampled, engine, tokenizer, scorer, reward, context)
             asked = questions(requests, stage.meta, prompts.encode) if "meta" in stage.metrics else []
             told = _answer(asked, engine, None, context, "self-predictions")
     finally:
         engine.close()
 
-    reward = stage.correct.reward or rewards[0].name
     rollouts = sampled.rollouts + (greedy.rollouts if greedy else [])
     correct = [is_correct(rollout, reward, stage.correct.threshold) for rollout in rollouts]
-    metrics = measure(stage, rollouts, correct)
+    metrics = measure(stage, rollouts, correct) | thinking_metrics(stage, traces)
     rows = rollout_rows(
         rollouts,
         step=0,
@@ -91,6 +96,8 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
         "unscored": sum(outcome is None for outcome in correct),
         "tokens/sampled": sum(rollout.completion.sampled_tokens for rollout in [*rollouts, *told]),
     }
+    if traces:
+        summary["thinking"] = thinking_curves(stage, traces)
     if asked:
         sampled_ones = zip(sampled, correct[: len(sampled)], strict=True)
         summary["meta"] = self_assessment(list(sampled_ones), told.rollouts, stage.meta)
@@ -122,6 +129,29 @@ def _answer(
     return RolloutBatch(gather_object(batch.rollouts))
 
 
+def _cut_short(
+    stage: EvaluateStage,
+    sampled: RolloutBatch,
+    engine: RolloutEngine,
+    tokenizer: Any,
+    scorer: Scorer,
+    reward: str,
+    context: StageContext,
+) -> list[Trace]:
+    """The points of every sampled trace, if a metric wants them; of all processes, in order."""
+    if not wanted(stage):
+        return []
+    context.show(0, 1, {"phase": "cutting traces short"})
+    start, end = (place * len(sampled) // context.world for place in (context.rank, context.rank + 1))
+    prover = MetaProver(engine, tokenizer, scorer.score, stage.thinking.probes)
+    traces = trace_points(
+        sampled.rollouts[start:end],
+        prover,
+        lambda rollout: is_correct(rollout, reward, stage.correct.threshold),
+    )
+    return list(gather_object(traces))
+
+
 def is_correct(rollout: Rollout, reward: str, threshold: float) -> bool | None:
     """Whether a rollout's reward reaches the threshold; None when it has no value."""
     value = rollout.rewards.get(reward)
@@ -146,5 +176,5 @@ def measure(
         for rollout, outcome in zip(rollouts, correct, strict=True)
     ]
     problems = list(group_by_problem(rows).values())
-    names = [name for name in stage.metrics if name != "meta"]
+    names = [name for name in stage.metrics if name not in ("meta", *THINKING_METRICS)]
     return {name: estimate(problem_values(name, problems), stage.confidence) for name in names}
