@@ -175,6 +175,8 @@ def _examples(recipe: Recipe | None) -> dict[str, Example]:
 
 
 def _print_agreement(name: str, found: Agreement) -> None:
+    from posttrain.rewards.trial import counts_text
+
     mean = "none" if found.new is None else f"{found.new:.4g}"
     print(f"{name}: {found.rollouts} rollouts, {found.errors} of them unscored by an error now")
     if found.old is None:
@@ -183,6 +185,8 @@ def _print_agreement(name: str, found: Agreement) -> None:
         print(f"  {found.equal} equal, {found.different} different, by at most {found.largest:g}")
         print(f"  mean {found.old:.4g} then, {mean} now")
     print(f"  {found.gained} have a value now and had none then, {found.lost} the other way round")
+    if found.counts:
+        print(f"  counted: {counts_text(found.counts)}")
     if found.unknown:
         print(
             f"  {found.unknown} examples are not in the recipe's data: columns besides the answer are missing"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ class Agreement:
     """Rollouts that the reward failed on now."""
     unknown: int
     """Rollouts whose example was not found: the reward saw the rendered prompt and the answer alone."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """What the reward counted while it scored."""
 
 
 def rescore(
@@ -78,10 +81,11 @@ def rescore(
         raise DataError(f"{path} has no column {missing[0]!r}: it is no rollouts of a run")
     rows = table.to_pylist()
     rollouts = [_rollout(row, examples) for row in rows]
+    counts: Counter[str] = Counter()
     with Scorer([spec], RewardOptions(), models=models) as scorer:
         for step in sorted({row["step"] for row in rows}):
             of_step = [rollout for rollout, row in zip(rollouts, rows, strict=True) if row["step"] == step]
-            scorer.score(of_step, step)
+            counts.update(scorer.score(of_step, step).rewards[spec.name].counts)
     values = [rollout.rewards[spec.name] for rollout in rollouts]
     errors = [rollout.reward_errors.get(spec.name) for rollout in rollouts]
     versions = [json.dumps(rollout.reward_versions, ensure_ascii=False) for rollout in rollouts]
@@ -96,7 +100,7 @@ def rescore(
     with replacing(out) as file:
         pq.write_table(table, file)
     unknown = sum(row["example_id"] not in examples for row in rows)
-    return _compare([row.get(f"reward/{spec.name}") for row in rows], values, errors, unknown)
+    return _compare([row.get(f"reward/{spec.name}") for row in rows], values, errors, unknown, counts)
 
 
 def _rollout(row: Mapping[str, Any], examples: Mapping[str, Example]) -> Rollout:
@@ -121,6 +125,7 @@ def _compare(
     new: Sequence[float | None],
     errors: Sequence[str | None],
     unknown: int,
+    counts: Counter[str],
 ) -> Agreement:
     pairs = [(a, b) for a, b in zip(old, new, strict=True) if a is not None and b is not None]
     gaps = [abs(a - b) for a, b in pairs]
@@ -136,4 +141,5 @@ def _compare(
         lost=sum(a is not None and b is None for a, b in zip(old, new, strict=True)),
         errors=sum(error is not None for error in errors),
         unknown=unknown,
+        counts=counts,
     )

@@ -151,7 +151,7 @@ def try_reward(
     if not examples:
         raise RecipeError(f"there are no samples to try reward {spec.name!r} on: give some with --data")
     cases = make_cases(examples)
-    with Scorer([spec], RewardOptions(), share=False, models=models) as scorer:
+    with Scorer([spec], RewardOptions(max_outage=0), share=False, models=models) as scorer:
         info = scorer.infos[spec.name]
         first, stats = _score(scorer, info, cases)
         second, _ = _score(scorer, info, cases)
@@ -169,7 +169,16 @@ def try_reward(
         _gold(outcomes, accept),
         _adversarial(outcomes, accept),
     ]
+    if any(outcome.kind == "unavailable" for outcome in outcomes):
+        checks.append(_absent("server", "unavailable", outcomes, ""))
+    if stats.counts:
+        checks.append(Check("counts", None, counts_text(stats.counts)))
     return Trial(info, checks)
+
+
+def counts_text(counts: Mapping[str, float]) -> str:
+    """What a reward has counted, in words: `3 requests, 1 retries`."""
+    return ", ".join(f"{number:g} {key}" for key, number in sorted(counts.items()))
 
 
 @dataclass(frozen=True)

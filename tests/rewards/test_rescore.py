@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,9 +14,11 @@ from posttrain.training.record import rollout_rows, write_rollouts
 
 CODE = """
 from posttrain import reward
+from posttrain.rewards.counts import count
 
 @reward("level", version="{version}", batched=True)
 def level(completions, examples):
+    count("calls")
     if any(c.text == "bad" for c in completions):
         raise ValueError("boom")
     return [{value} for c, e in zip(completions, examples)]
@@ -52,8 +55,9 @@ def test_the_same_reward_gives_the_same(saved, tmp_path):
     code, path = saved
     found = rescore(path, tmp_path / "out.parquet", spec("level", **{"from": str(code)}), EXAMPLES)
     assert found == Agreement(
-        rollouts=6, equal=3, different=0, largest=0.0, old=2.0, new=2.0, gained=0, lost=0, errors=2, unknown=0
-    )
+        rollouts=6, equal=3, different=0, largest=0.0, old=2.0, new=2.0, gained=0, lost=0,
+        errors=2, unknown=0, counts=Counter(calls=3),
+    )  # fmt: skip
 
 
 def test_another_version_is_compared(saved, tmp_path):
@@ -63,8 +67,9 @@ def test_another_version_is_compared(saved, tmp_path):
     own = spec("level", **{"from": str(code)})
     found = rescore(path, tmp_path / "out.parquet", own, EXAMPLES)
     assert found == Agreement(
-        rollouts=6, equal=0, different=2, largest=2.5, old=2.0, new=3.5, gained=1, lost=1, errors=2, unknown=0
-    )
+        rollouts=6, equal=0, different=2, largest=2.5, old=2.0, new=3.5, gained=1, lost=1,
+        errors=2, unknown=0, counts=Counter(calls=3),
+    )  # fmt: skip
     table = pq.read_table(tmp_path / "out.parquet")
     assert table["rescored/level"].to_pylist() == [3.5, None, 3.5, 3.5, None, None]
     assert "boom" in table["rescored_error/level"].to_pylist()[4]
@@ -96,6 +101,7 @@ def test_score_from_the_command_line(saved, capsys):
     shown = capsys.readouterr().out
     assert "level: 6 rollouts, 2 of them unscored by an error now\n  3 equal, 0 different" in shown
     assert "6 examples are not in the recipe's data" in shown
+    assert "  counted: 3 calls\n" in shown
     assert path.with_name("rescored-level-step-000001.parquet").is_file()
     assert main(["rewards", "score", "level", str(path), "--from", str(code)]) == 1
     assert "exists already" in capsys.readouterr().err
@@ -113,7 +119,7 @@ def test_score_uses_the_run_s_recipe(saved, capsys, monkeypatch):
     assert main(["rewards", "score", "level", str(path)]) == 0
     assert "mean 2 then, 2 now" in capsys.readouterr().out
     assert main(["rewards", "list", "run/recipe.yaml"]) == 0
-    assert "level.py:4" in capsys.readouterr().out
+    assert "level.py:5" in capsys.readouterr().out
 
 
 def test_test_from_the_command_line(saved, tmp_path, capsys):

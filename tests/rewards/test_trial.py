@@ -1,4 +1,5 @@
 import pytest
+from rewards.score_server import serving
 from rewards.test_registry import spec
 
 from posttrain.errors import RecipeError
@@ -125,3 +126,21 @@ def test_a_level_of_acceptance(tmp_path):
     own = spec("half", **{"from": str(tmp_path / "half.py")})
     assert try_reward(own, MATHS[:1]).failed == ["gold"]
     assert try_reward(own, MATHS[:1], accept=0.5).failed == []
+
+
+def test_a_server_is_tried_too():
+    """A trial waits for nobody, and shows what was counted."""
+
+    def rule(body):
+        return {"score": float(body["answer"] is not None and str(body["answer"]) in body["completion"])}
+
+    args = {"range": [0, 1], "retries": 0, "timeout": 5}
+    with serving(rule) as server:
+        style = spec("style", use="http", args={**args, "url": server.url})
+        trial = try_reward(style, MATHS)
+        requests = len(server.seen)
+    assert trial.failed == []
+    assert trial.checks[-1].text == f"{requests // 2} requests"  # all cases are tried twice
+    trial = try_reward(style, MATHS)
+    assert "server" in trial.failed
+    assert any(f"unavailable: {server.url} failed" in check.text for check in trial.checks)
