@@ -221,6 +221,9 @@ for (const section of document.querySelectorAll("[data-sync]")) {
 for (const figure of document.querySelectorAll("[data-thinking]")) {
   const show = lineChart(figure, report.thinking[figure.dataset.thinking], (at) => show(at));
 }
+for (const figure of document.querySelectorAll("[data-calibration]")) {
+  const show = lineChart(figure, report.calibration[figure.dataset.calibration], (at) => show(at));
+}
 for (const figure of document.querySelectorAll("[data-histogram]")) {
   histogram(figure, report.histograms[figure.dataset.histogram]);
 }

@@ -20,6 +20,8 @@ MISMATCH = 0.05
 """Nats; bfloat16 engines usually stay below 0.02, float32 ones below 0.001."""
 ENTROPY_LEFT = 0.1
 """Share of the first entropy below which the policy has all but stopped exploring."""
+COLLAPSED = 0.5
+"""Share of the last steps whose predicted pass rates were the same for all problems."""
 TREND = 20
 """Steps from which on the first and the last part of a curve are compared."""
 
@@ -133,6 +135,15 @@ def _entropy(stage: Stage) -> str | None:
     )
 
 
+def _predictions_collapsed(stage: Stage) -> str | None:
+    if not _recent(stage.values("masa/collapsed")) > COLLAPSED:
+        return None
+    return (
+        "The policy came to predict the same pass rate for all problems: its predictions no longer tell "
+        "problems apart, and a gate would leave out all or none."
+    )
+
+
 def _reward_flat(stage: Stage) -> str | None:
     values = stage.values("reward")
     first, last = _early(values), _recent(values)
@@ -157,4 +168,5 @@ CHECKS: tuple[tuple[Level, Callable[[Stage], str | None]], ...] = (
     ("caution", _clipped),
     ("caution", _entropy),
     ("caution", _reward_flat),
+    ("caution", _predictions_collapsed),
 )

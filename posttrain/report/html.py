@@ -25,6 +25,7 @@ from posttrain.report.health import findings
 from posttrain.report.results import results
 from posttrain.report.rollouts import Sample, distributions, sample_rollouts
 from posttrain.report.run_folder import Run, number, read_run
+from posttrain.report.self_predictions import calibration_charts
 from posttrain.report.series import stage_charts
 from posttrain.report.thinking import thinking_charts
 
@@ -53,10 +54,12 @@ def render(run: Run) -> str:
     curves = [(stage, groups) for stage in run.stages if (groups := stage_charts(stage))]
     histograms = [(stage, panels) for stage in run.stages if (panels := distributions(stage))]
     thinking = thinking_charts(run)
+    calibration = calibration_charts(run)
     script = "\n".join(_asset(name) for name in ("charts.js", "browser.js"))
     data = {
         "charts": [chart for _, groups in curves for group in groups for chart in group["charts"]],
         "thinking": thinking,
+        "calibration": calibration,
         "histograms": [panel for _, panels in histograms for panel in panels],
         "prompts": sample.prompts,
         "rollouts": sample.rows,
@@ -72,6 +75,7 @@ def render(run: Run) -> str:
         results=results(run),
         findings=findings(run),
         thinking=thinking,
+        calibration=calibration,
         curves=curves,
         histograms=histograms,
         times=_times(run),

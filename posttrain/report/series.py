@@ -83,7 +83,50 @@ HEALTH = (
         "percent",
     ),
 )
-ELSEWHERE = ("seconds/", "tokens/")
+SELF_PREDICTIONS = (
+    Chart(
+        "Pass rate",
+        "Mean over a step's problems: what the policy says before solving them, and what it does.",
+        (("masa/rate_predicted", "predicted"), ("masa/rate_true", "true")),
+        "percent",
+    ),
+    Chart(
+        "Rank correlation",
+        "Spearman's, over a step's problems, of predictions and truth.",
+        (("masa/rate_spearman", "pass rate"), ("masa/length_spearman", "length")),
+    ),
+    Chart("Error of the pass rate", "Mean absolute error, of 1.", (("masa/rate_mae", "error"),)),
+    Chart(
+        "Error of the length", "Mean absolute error, in tokens.", (("masa/length_mae", "error"),), "tokens"
+    ),
+    Chart(
+        "Right parts of predictions",
+        "Notions that more right than wrong solutions contain, lengths within the range of the right ones, "
+        "and answers of which every part can be read.",
+        (("masa/notion_precision", "notions"), ("masa/in_range", "lengths"), ("masa/complete", "complete")),
+        "percent",
+    ),
+    Chart(
+        "Gate",
+        "Problems left out, and of those that were rolled out all the same the ones that would have taught "
+        "something.",
+        (("masa/gate/share", "left out"), ("masa/gate/wrong", "wrongly")),
+        "percent",
+    ),
+    Chart(
+        "Cap",
+        "Capped solutions that were cut, and right uncapped ones that would have been.",
+        (("masa/cutoff/cut", "cut"), ("masa/cutoff/false_rate", "right ones")),
+        "percent",
+    ),
+    Chart(
+        "Tokens",
+        "Sampled in a step.",
+        (("masa/tokens/solution", "solutions"), ("masa/tokens/meta", "self-predictions")),
+        "tokens",
+    ),
+)
+ELSEWHERE = ("seconds/", "tokens/", "masa/level/")
 """Metrics that other parts of the report show."""
 
 
@@ -109,7 +152,8 @@ def _policy_groups(stage: Stage) -> tuple[tuple[str, tuple[Chart, ...]], ...]:
     lines = tuple((name, name.removeprefix("rewards/").removesuffix("/mean")) for name in means)
     each = Chart("Each reward", "Mean of each reward function, unweighted.", lines)
     learning = (LEARNING[0], each, *LEARNING[1:]) if len(means) > 1 else LEARNING
-    return ("Learning", learning), ("Health", HEALTH), ("Optimisation", (*OPTIMISER, LOSS))
+    own = ("Self-predictions", SELF_PREDICTIONS)
+    return ("Learning", learning), own, ("Health", HEALTH), ("Optimisation", (*OPTIMISER, LOSS))
 
 
 def _drawable(stage: Stage, charts: Iterable[Chart]) -> list[dict[str, Any]]:
