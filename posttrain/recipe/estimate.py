@@ -24,9 +24,10 @@ from posttrain.recipe.schema import (
     Recipe,
     RewardModelStage,
     SftStage,
+    StarStage,
 )
 
-Stage = SftStage | PolicyStage | EvaluateStage | PreferenceStage
+Stage = SftStage | PolicyStage | EvaluateStage | PreferenceStage | StarStage
 
 LOGIT_CHUNK_BYTES = 3 * 128 * 2**20
 """Log-probs exist for one chunk of tokens at a time: two to four tensors of 128 MiB."""
@@ -78,15 +79,18 @@ def size_of(stage: Stage, recipe: Recipe) -> StageSize:
     rows = None if source is None else count_rows(source)
     match stage:
         case SftStage() | PreferenceStage():
-            models, share = _models(stage)
+            models, seen = _trainings(stage, rows or 0)
             steps = stage.max_steps
             if steps is None and rows is not None:
-                steps = math.ceil(rows * share / stage.batch_size * stage.epochs)
+                steps = math.ceil(seen / stage.batch_size * stage.epochs)
             return StageSize(rows, None if steps is None else models * steps, None, None)
         case PolicyStage():
             rollouts = stage.steps * stage.prompts_per_step * stage.group_size
             tokens = rollouts * recipe.rollout.max_tokens * (1 + stage.dynamic_sampling)
             return StageSize(rows, stage.steps, rollouts, tokens)
+        case StarStage():
+            traces = None if rows is None else rows * stage.samples
+            return StageSize(rows, None, traces, traces and traces * recipe.rollout.max_tokens)
         case EvaluateStage():
             answers = None
             if rows is not None:
@@ -96,11 +100,11 @@ def size_of(stage: Stage, recipe: Recipe) -> StageSize:
             return StageSize(rows, None, answers, None if answers is None else answers * cap)
 
 
-def _models(stage: SftStage | PreferenceStage) -> tuple[int, float]:
-    """How many models a stage trains, each on which share of the rows."""
+def _trainings(stage: SftStage | PreferenceStage, rows: int) -> tuple[int, int]:
+    """How many models a stage trains, and on how many of the rows each."""
     if not isinstance(stage, AnnotatePreferencesStage):
-        return 1, 1.0
-    return stage.members * stage.folds, 1.0 if stage.folds == 1 else 1.0 - 1.0 / stage.folds
+        return 1, rows
+    return stage.members * stage.folds, rows if stage.folds == 1 else rows - rows // stage.folds
 
 
 def trainable_parameters(info: ModelInfo, lora: LoraConfig | None) -> int:
@@ -122,7 +126,7 @@ def memory_of(stage: Stage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
         sampler["KV cache"] = replicas * _kv_cache(stage, recipe, info)
         if recipe.rollout.engine != "transformers":
             sampler["engine weights"] = replicas * weights
-    if isinstance(stage, EvaluateStage):
+    if isinstance(stage, EvaluateStage | StarStage):
         return [Memory("sample", sampler)]
     trained = {"weights": weights, **_training_state(recipe, info)}
     if isinstance(stage, SftStage):
@@ -171,7 +175,7 @@ def disk_of(recipe: Recipe, info: ModelInfo) -> int:
     total = 0
     for spec in recipe.stages:
         stage = spec.config
-        if isinstance(stage, EvaluateStage | AnnotatePreferencesStage):
+        if isinstance(stage, EvaluateStage | AnnotatePreferencesStage | StarStage):
             continue
         if isinstance(stage, RewardModelStage):
             total += (info.parameters or 0) * element if stage.model is None else 0
@@ -228,7 +232,7 @@ def _activations(tokens: int, info: ModelInfo, recipe: Recipe, checkpointing: bo
     return tokens * per_token * element_bytes(recipe, info)
 
 
-def _kv_cache(stage: SftStage | PolicyStage | EvaluateStage, recipe: Recipe, info: ModelInfo) -> int:
+def _kv_cache(stage: Stage, recipe: Recipe, info: ModelInfo) -> int:
     """Keys and values of the sequences decoded together, for prompts as long as their completions at most."""
     if recipe.rollout.engine != "transformers":
         return int(recipe.rollout.kv_cache_gib * 2**30)

@@ -187,3 +187,34 @@ def test_tools_are_planned_and_looked_for() -> None:
         plan("tools={use: [calclator]}")
     with pytest.raises(RecipeError, match="either use, a list of tools, or environment"):
         plan("tools={max_turns: 3}")
+
+
+PREFERENCES = """\
+name: try
+model: {path: model}
+stages:
+  - annotate_preferences: {data: {jsonl: pairs.jsonl}, members: 4, folds: 3, batch_size: 20}
+  - reward_model: {data: {stage: annotate_preferences}, lora: {r: 4}, max_length: 50, batch_size: 8}
+  - reward_model: {name: other, data: {jsonl: pairs.jsonl}, epochs: 2, batch_size: 20, max_length: 50}
+"""
+
+
+def test_preferences() -> None:
+    """Four votes from three folds are twelve models, each trained on 60 of the 90 pairs in 3 steps."""
+    Path("pairs.jsonl").write_text(90 * '{"prompt": "1+1=", "chosen": "2", "rejected": "3"}\n')
+    Path("try.yaml").write_text(PREFERENCES)
+    made = plan()
+    assert [(size.rows, size.steps, size.rollouts) for size in made.sizes] == [
+        (90, 12 * 3, None),
+        (None, None, None),
+        (90, 9, None),
+    ]
+    assert made.model is not None
+    assert made.memory[1][0].parts["adapters"] == 4 * trainable_parameters(made.model, LoraConfig(r=4))
+    adapted, full = made.memory[1][0].parts["activations"] / 8, made.memory[2][0].parts["activations"] / 20
+    assert adapted == full  # of a pair
+    text = format_plan(made)
+    assert "4 votes on each of 90 pairs: 12 models from the policy, each trained on 2 of 3 folds" in text
+    assert "in batches of 20 = 36 steps, then drop" in text
+    assert "1 × pairs in batches of 8, from the policy" in text
+    assert "vote on preferences, then train the reward model reward_model, then train the reward" in text
