@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from posttrain.errors import RecipeError
 from posttrain.recipe.rewards_schema import SERVER_SETTINGS, RewardModelConfig
 from posttrain.recipe.spelling import did_you_mean
+from posttrain.rewards.listen import bind_port, bind_socket
 
 if TYPE_CHECKING:
     from posttrain.recipe.schema import Recipe
@@ -48,11 +49,11 @@ def serve_model(args: argparse.Namespace, recipe: Recipe | None) -> None:
     token = None
     if args.token_env is not None and not (token := os.environ.get(args.token_env)):
         raise RecipeError(f"posttrain rewards serve: the environment variable {args.token_env} is not set.")
-    from posttrain.rewards.serve import bind_port, bind_socket, serve
-
     listener = bind_socket(Path(args.socket)) if args.socket else bind_port(args.host, args.port)
     host = f"[{args.host}]" if ":" in args.host else args.host
     place = args.socket or f"http://{host}:{listener.getsockname()[1]}"
+
+    from posttrain.rewards.serve import serve  # imports torch
 
     def ready(model: RewardModel) -> None:
         print(f"Serving {config.path} ({model.head}, {model.dtype} on {model.device}) at {place}", flush=True)

@@ -28,8 +28,6 @@ from posttrain.rewards.checkpoint import Checkpoint
 
 LOOK_SECONDS = 0.2
 """Between two looks at a lock or socket."""
-IDLE_SECONDS = 30.0
-"""How long a server stays without users: one that is killed may be started again."""
 LONGEST_SOCKET = 100
 """Bytes of a socket's path; systems allow 104 to 108."""
 _NOT_THE_SERVERS = ("range", "token_env")
@@ -111,12 +109,13 @@ class Room:
 class Vigil:
     """A server's looking out for the end of its use; see `over`."""
 
-    def __init__(self, room: Room):
+    def __init__(self, room: Room, idle: float):
         self._room = room
+        self._idle = idle
         self._used = time.monotonic()
 
     def over(self) -> bool:
-        """Whether the server has to end, as its socket was removed or nobody has used it for IDLE_SECONDS.
+        """Whether the server has to end, as its socket was removed or nobody has used it for `idle` seconds.
 
         In the second case nobody can become a user until the process is gone.
         """
@@ -126,7 +125,7 @@ class Vigil:
         if lease is None:
             self._used = time.monotonic()
             return False
-        if time.monotonic() - self._used > IDLE_SECONDS:
+        if time.monotonic() - self._used > self._idle:
             self._room.socket.unlink(missing_ok=True)
             return True
         os.close(lease)

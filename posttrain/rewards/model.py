@@ -22,6 +22,7 @@ from transformers import (
 from posttrain.errors import DataError, RewardError
 from posttrain.recipe.rewards_schema import RewardModelConfig
 from posttrain.rewards.checkpoint import find_checkpoint
+from posttrain.rewards.texts import plain_prompt, split_steps, well_formed
 from posttrain.rollout.types import Message, Prompt
 
 Pair = tuple[Prompt, str]
@@ -241,7 +242,7 @@ class RewardModel:
         Raises:
             DataError: the sample and the template do not fit, or it has no steps.
         """
-        completion, ends = _well_formed(completion), tuple[int, ...]()
+        completion, ends = well_formed(completion), tuple[int, ...]()
         if self.head == "token":
             completion, ends = split_steps(completion, self.config.step_separator)
         if self.config.template is not None:
@@ -251,20 +252,20 @@ class RewardModel:
                     at, before = len(text), text
                     text += completion
                 else:
-                    text += _plain(prompt) if part == "{prompt}" else part
+                    text += plain_prompt(prompt) if part == "{prompt}" else part
             return _Rendered(text, self._needs_special(before), (at, at + len(completion)), _moved(ends, at))
         if self._tokenizer.chat_template is not None:
             return self._render_chat(prompt, completion, ends)
         if not isinstance(prompt, str):
             raise DataError("the prompt is a list of messages, for which the model has no chat template")
-        prompt = _well_formed(prompt)
+        prompt = well_formed(prompt)
         at = len(prompt)
         text = prompt + completion
         return _Rendered(text, self._needs_special(text), (at, at + len(completion)), _moved(ends, at))
 
     def _render_chat(self, prompt: Prompt, completion: str, ends: tuple[int, ...]) -> _Rendered:
         messages = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-        messages = [Message(**{**m, "content": _well_formed(m["content"])}) for m in messages]  # type: ignore[typeddict-item]
+        messages = [Message(**{**m, "content": well_formed(m["content"])}) for m in messages]  # type: ignore[typeddict-item]
         try:
             before = self._apply_template(messages, add_generation_prompt=True)
             text = self._apply_template([*messages, Message(role="assistant", content=completion)])
@@ -401,38 +402,8 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def split_steps(completion: str, separator: str) -> tuple[str, tuple[int, ...]]:
-    """A completion with the separator behind each of its steps, the last one too, and where each step ends.
-
-    Blank steps do not count.
-
-    Raises:
-        DataError: there is no step.
-    """
-    text = completion if completion.endswith(separator) else completion + separator
-    ends, at = [], 0
-    for step in text.split(separator)[:-1]:
-        at += len(step) + len(separator)
-        if step.strip():
-            ends.append(at)
-    if not ends:
-        raise DataError("the completion has no steps")
-    return text, tuple(ends)
-
-
 def _moved(ends: Sequence[int], by: int) -> tuple[int, ...]:
     return tuple(end + by for end in ends)
-
-
-def _plain(prompt: Prompt) -> str:
-    """A prompt for a template: the contents of its messages, a line each."""
-    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-    return _well_formed(text)
-
-
-def _well_formed(text: str) -> str:
-    """Text that has an encoding: lone surrogates, which tokenizers refuse, become question marks."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _line(error: BaseException) -> str:

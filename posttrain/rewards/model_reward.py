@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -42,7 +42,7 @@ class ModelReward:
 
     def __init__(self, model: Mapping[str, Any] | RewardModelConfig):
         self._config = RewardModelConfig.model_validate(model)
-        self._client: JsonClient | None = None
+        self._endpoint: Endpoint | None = None
 
     def declare(self, info: RewardInfo) -> RewardInfo:
         """With the model; version and hash are added by who knows its server."""
@@ -63,9 +63,9 @@ class ModelReward:
             RewardUnavailable: its server is away.
             RewardError: it cannot score this sample.
         """
-        if self._client is None:
-            self._client = self._connect()
-        (score,) = await scores(self._client, self._config, [(example.prompt, completion.text)])
+        if self._endpoint is None:
+            self._endpoint = endpoint(self._connect(), self._config)
+        (score,) = await self._endpoint.scores([(example.prompt, completion.text)])
         return score
 
     def _connect(self) -> JsonClient:
@@ -77,24 +77,49 @@ class ModelReward:
         return JsonClient(KIND, "http://localhost", socket=str(room.socket), **limits)
 
 
-async def scores(
-    client: JsonClient, config: RewardModelConfig, samples: Sequence[tuple[Prompt, str]]
-) -> list[float]:
-    """Ask a server for the scores of prompts and completions, in the way that `config.served_by` wants it.
+class Endpoint(Protocol):
+    """A server of one model, and how it is asked."""
+
+    async def scores(self, samples: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """Scores of prompts and completions.
+
+        Raises:
+            RewardUnavailable: the server is away.
+            RewardError: it cannot score one of the samples, or fails.
+        """
+        ...
+
+
+def endpoint(client: JsonClient, config: RewardModelConfig) -> Endpoint:
+    """What `config.served_by` says of a server that a client connects to.
 
     Raises:
-        RewardUnavailable: the server is away.
-        RewardError: it cannot score one of the samples, or fails.
+        RewardError: a setting that such a server has nothing for.
     """
-    body = {"samples": [{"prompt": prompt, "completion": completion} for prompt, completion in samples]}
-    answer = await client.post(body, "/score", check=lambda answer: _checked(answer, len(samples)))
-    count("tokens", sum(answer["tokens"]))
-    if any(answer["truncated"]):
-        count("truncated", sum(answer["truncated"]))
-    for error in answer["errors"]:
-        if error:
-            raise RewardError(error)
-    return [float(score) for score in answer["scores"]]
+    if config.served_by == "posttrain":
+        return PosttrainEndpoint(client)
+    from posttrain.rewards.vllm_endpoints import VllmEndpoint
+
+    return VllmEndpoint(client, config)
+
+
+class PosttrainEndpoint:
+    """A model that `posttrain rewards serve` has."""
+
+    def __init__(self, client: JsonClient):
+        self._client = client
+
+    async def scores(self, samples: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """See `Endpoint.scores`; all samples are one request."""
+        body = {"samples": [{"prompt": prompt, "completion": text} for prompt, text in samples]}
+        answer = await self._client.post(body, "/score", check=lambda answer: _checked(answer, len(samples)))
+        count("tokens", sum(answer["tokens"]))
+        if any(answer["truncated"]):
+            count("truncated", sum(answer["truncated"]))
+        for error in answer["errors"]:
+            if error:
+                raise RewardError(error)
+        return [float(score) for score in answer["scores"]]
 
 
 def _checked(answer: Any, samples: int) -> Any:

@@ -36,6 +36,8 @@ ANSWER_SECONDS = 20.0
 """Time for a server to say which model it has."""
 START_SECONDS = 3600.0
 """Time for a server to load its model."""
+IDLE_SECONDS = 30.0
+"""How long a server stays without users: one that is killed may be started again at once."""
 STOP_SECONDS = 10.0
 """Time for a server to end."""
 STARTS, STARTS_WITHIN = 4, 600.0
@@ -208,7 +210,8 @@ class ModelServer:
                 f"its server has ended {STARTS} times in {now - self._starts[0]:.0f} s; see {self._log}"
             )
         self._starts.append(now)
-        job = {"model": self._config.model_dump(mode="json"), "room": str(self._room.folder)}
+        model = self._config.model_dump(mode="json")
+        job = {"model": model, "room": str(self._room.folder), "idle": IDLE_SECONDS}
         with self._log.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(

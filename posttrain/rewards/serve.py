@@ -32,9 +32,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 import posttrain
-from posttrain.errors import PosttrainError, RecipeError, RewardError
+from posttrain.errors import PosttrainError, RewardError
 from posttrain.recipe.rewards_schema import RewardModelConfig
 from posttrain.rewards.lease import LOOK_SECONDS, Room, Vigil
+from posttrain.rewards.listen import bind_socket
 from posttrain.rewards.model import Pair, RewardModel, Score, Text, cut
 from posttrain.rewards.serve_metrics import ServerMetrics
 
@@ -274,7 +275,7 @@ def serve(
     listener: socket.socket,
     *,
     token: str | None = None,
-    room: Room | None = None,
+    vigil: Vigil | None = None,
     ready: Callable[[RewardModel], None] = lambda model: None,
 ) -> None:
     """Load a model and answer until SIGTERM or Ctrl-C.
@@ -283,8 +284,8 @@ def serve(
         config: the model, with `path`.
         listener: a socket that is bound; nobody is answered before the model is loaded.
         token: bearer token that requests need.
-        room: of a shared server, which ends when nobody uses it (`posttrain.rewards.lease`).
-        ready: called when the model is loaded.
+        vigil: of a shared server, which ends when nobody uses it.
+        ready: called when the model is loaded and requests are answered.
 
     Raises:
         RewardError: the model cannot be loaded, or failed again and again.
@@ -305,18 +306,19 @@ def serve(
 
     async def run() -> None:
         serving = asyncio.create_task(server.serve([listener]))
-        vigil = None if room is None else Vigil(room)
+        announced = False
         while not serving.done():
-            if server.started and vigil is not None and vigil.over():
+            if server.started and not announced:
+                announced = True
+                ready(model)
+            if server.started and not server.should_exit and vigil is not None and vigil.over():
                 server.should_exit = True
-                vigil = None
             await asyncio.wait([serving], timeout=LOOK_SECONDS)
         await serving
 
-    # uvicorn ends in good order at either signal, and then raises it again.
+    # uvicorn ends in good order at either signal, and raises it again afterwards; that is no error here.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
-    ready(model)
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     asyncio.run(run())
     if failed:
         raise RewardError(
@@ -324,55 +326,10 @@ def serve(
         )
 
 
-def bind_port(host: str, port: int) -> socket.socket:
-    """A socket at an address, where nobody is answered yet.
-
-    Raises:
-        RecipeError: the address is taken or none of this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise RecipeError(
-            f"posttrain rewards serve: {host} port {port} cannot be used: {error.strerror}."
-        ) from error
-    return listener
-
-
-def bind_socket(path: Path) -> socket.socket:
-    """The same at a path, for this user alone; a socket that nobody answers at is replaced.
-
-    Raises:
-        RecipeError: somebody does, or the path cannot be used.
-    """
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        with socket.socket(socket.AF_UNIX) as probe:
-            if path.is_socket() and probe.connect_ex(str(path)) == 0:
-                raise RecipeError(f"posttrain rewards serve: another server answers at {path}.")
-        if path.is_socket():
-            path.unlink()
-        mask = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(mask)
-    except OSError as error:
-        listener.close()
-        raise RecipeError(
-            f"posttrain rewards serve: {path} cannot be used: {error.strerror or error}."
-        ) from error
-    return listener
-
-
 def main(job: str) -> int:
     """Run the shared server that a trainer has asked for; returns its exit code.
 
-    `job` is JSON: the `model` and the `room`.
+    `job` is JSON: the `model`, the `room`, and the seconds it may be `idle`.
     """
     asked = json.loads(job)
     config, room = RewardModelConfig.model_validate(asked["model"]), Room(Path(asked["room"]))
@@ -381,7 +338,14 @@ def main(job: str) -> int:
         print("there is a server already")
         return 0
     try:
-        serve(config, bind_socket(room.socket), room=room)
+        listener = bind_socket(room.socket)
+        name = f"{config.path}, process {os.getpid()}"
+        serve(
+            config,
+            listener,
+            vigil=Vigil(room, asked["idle"]),
+            ready=lambda model: print(f"Serving {name}", flush=True),
+        )
     except PosttrainError as error:
         print(error, file=sys.stderr, flush=True)
         return error.exit_code
@@ -391,4 +355,6 @@ def main(job: str) -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1])
     sys.stdout.flush()
-    os._exit(code)  # whoever has ended the server waits for its memory, and taking the interpreter down is slow
+    os._exit(
+        code
+    )  # whoever has ended the server waits for its memory, and taking the interpreter down is slow
