@@ -4,10 +4,13 @@ registry   declare rewards, list them, find the one a recipe names
 builtin    the rewards that come with posttrain
 maths      what math-verify would say, where asking it is not needed
 code_tests and sandbox   what model-written programs are judged by, and where they run
+http       what a server says, by client (requests: retries, rate, servers that are away)
 calling    load a reward's code and call it by its convention
 worker     the killable process in which it runs
 pool       the processes, replaced when they hang or die
 cache      values that deterministic rewards have given before
+counts     what rewards use besides time: requests, tokens
+outage     waiting for servers that are away
 combine    from several values to one: weights, schedules, clips, gates
 scorer     rollouts in, rewards and a report out
 trial      gold and adversarial samples, before a run

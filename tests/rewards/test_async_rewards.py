@@ -75,6 +75,12 @@ def local_client(completion, example):
     away()
     return 2.0
 
+@reward("stuck", deterministic=False, timeout=60.0)
+async def stuck(completion, example):
+    note("stuck")
+    away()
+    await asyncio.sleep(3600)
+
 @reward("other", deterministic=False)
 def other(completion, example):
     note("other")
@@ -202,3 +208,20 @@ def test_a_pause_can_be_stopped(code):
             scorer.score(make_rollouts(["a"] * 5))
         (code.parent / "away").unlink()
         assert scorer.score(make_rollouts(["a"] * 5)).errors == 0
+
+
+def test_a_repetition_can_be_stopped(code):
+    """A server that is back, but answers nothing, does not hold up the end of a run."""
+    away = code.parent / "away"
+    away.touch()
+
+    def check():
+        if len(calls(code)) == 2:
+            raise Stopped(15)
+
+    with (
+        make_scorer(own(code, "stuck"), say=lambda text: away.unlink(), check=check) as scorer,
+        pytest.raises(Stopped),
+    ):
+        scorer.score(make_rollouts(["a"]))
+    assert len(calls(code)) == 2
