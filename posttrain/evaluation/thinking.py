@@ -18,7 +18,7 @@ from posttrain.evaluation.metrics import Estimate, Values, estimate
 from posttrain.evaluation.regret import VOTES, Floats, accuracy_at, episode_regret, majority, token_regret
 from posttrain.recipe.mrt_schema import THINKING_METRICS
 from posttrain.recipe.schema import EvaluateStage
-from posttrain.rollout.probes import Cut, MetaProver
+from posttrain.rollout.probes import MetaProver, Point
 from posttrain.rollout.types import Rollout
 
 CURVE_POINTS = 33
@@ -49,29 +49,14 @@ def wanted(stage: EvaluateStage) -> bool:
 def trace_points(
     rollouts: Sequence[Rollout], prover: MetaProver, is_right: Callable[[Rollout], bool | None]
 ) -> list[Trace]:
-    """Have every rollout answer before its thinking, after each episode, and after the last.
-
-    After thinking that was closed the answer is sampled as it would be, else it is forced. A point none of
-    whose answers could be scored is left out.
-    """
-    cuts: list[Cut] = []
-    for rollout in rollouts:
-        thinking = prover.thinking(rollout)
-        cuts += [Cut(rollout, at) for at in (thinking.start, *thinking.cuts)]
-        if thinking.answer is None:
-            cuts.append(Cut(rollout, thinking.end))
-        else:
-            cuts.append(Cut(rollout, thinking.answer, forced=False))
-    answers = prover.ask(cuts)
-    points: dict[str, list[tuple[Cut, list[Rollout]]]] = {}
-    for cut, found in zip(cuts, answers, strict=True):
-        points.setdefault(cut.rollout.id, []).append((cut, found))
-    return [_trace(rollout, points[rollout.id], is_right) for rollout in rollouts]
+    """The points of every rollout; one none of whose answers could be scored is left out."""
+    everywhere = prover.ask_everywhere(rollouts)
+    return [_trace(rollout, points, is_right) for rollout, points in zip(rollouts, everywhere, strict=True)]
 
 
 def _trace(
     rollout: Rollout,
-    points: Iterable[tuple[Cut, list[Rollout]]],
+    points: Iterable[Point],
     is_right: Callable[[Rollout], bool | None],
 ) -> Trace:
     trace = Trace(rollout.request.example.id, [], [], [])

@@ -31,6 +31,7 @@ from posttrain.recipe.schema import (
     RewardSpec,
     SftStage,
     StageSpec,
+    StarStage,
 )
 from posttrain.recipe.spelling import did_you_mean
 
@@ -81,6 +82,8 @@ def find_problems(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
             yield from _evaluate(recipe, stage, key)
         elif isinstance(stage, PreferenceStage):
             yield from _preferences(stage, key)
+        elif isinstance(stage, StarStage):
+            yield from _star(recipe, stage, key)
 
 
 def data_sources(recipe: Recipe, kinds: Collection[str] = STAGE_KINDS) -> Iterator[tuple[str, DataSource]]:
@@ -142,7 +145,7 @@ def _lengths(recipe: Recipe, kinds: Collection[str], context: int | None) -> Ite
 
 
 def _samples(recipe: Recipe, kinds: Collection[str]) -> bool:
-    samplers = (PolicyStage, EvaluateStage)
+    samplers = (PolicyStage, EvaluateStage, StarStage)
     return any(stage.kind in kinds and isinstance(stage.config, samplers) for stage in recipe.stages)
 
 
@@ -418,6 +421,13 @@ def _preferences(stage: PreferenceStage, key: str) -> Iterator[Finding]:
         folder = Path(stage.model.path).expanduser()
         if not (folder / "config.json").is_file():
             yield f"{key}.model.path", f"there is no model in {stage.model.path}."
+
+
+def _star(recipe: Recipe, stage: StarStage, key: str) -> Iterator[Finding]:
+    if stage.data is None and recipe.data.train is None:
+        yield key, "has no data: set data.train, or data in the stage."
+    if not recipe.rewards:
+        yield key, "cannot tell what is right: there are no rewards."
 
 
 def _evaluate(recipe: Recipe, stage: EvaluateStage, key: str) -> Iterator[Finding]:

@@ -29,6 +29,7 @@ from posttrain.recipe.schema import (
     Recipe,
     RewardSpec,
     SftStage,
+    StarStage,
 )
 
 
@@ -211,6 +212,8 @@ def _stage_lines(recipe: Recipe, sizes: list[StageSize]) -> Iterator[tuple[str, 
                 text = _policy_line(stage, size)
             case PreferenceStage():
                 text = _preference_line(stage, size)
+            case StarStage():
+                text = _star_line(stage, size)
             case _:
                 text = _evaluate_line(stage, size)
         name = spec.kind if stage.name == spec.kind else f"{spec.kind} {stage.name!r}"
@@ -258,6 +261,15 @@ def _evaluate_line(stage: EvaluateStage, size: StageSize) -> str:
     return f"{metrics} on {size.rows:,} problems: {size.rollouts:,} rollouts, {tokens}"
 
 
+def _star_line(stage: StarStage, size: StageSize) -> str:
+    kept = {"correct": "the right ones", "best_prefix": "the best beginning of each"}
+    text = f"{stage.samples} of every prompt, of which {kept.get(stage.selection, 'the best')} are kept"
+    if size.rollouts is None:
+        return text
+    tokens = f"at most {_count(size.sampled_tokens or 0)} sampled tokens and forced answers"
+    return f"{text}: {size.rollouts:,} traces, {tokens}"
+
+
 def _memory_lines(recipe: Recipe, memory: list[list[Memory]]) -> list[str]:
     names = list(dict.fromkeys(name for phases in memory for phase in phases for name in phase.parts))
     rows: list[tuple[str, ...]] = [("", *names, "total")]
@@ -284,6 +296,8 @@ def _what(stage: Stage) -> str:
             return f"evaluate {', '.join(stage.metrics)}"
         case AnnotatePreferencesStage():
             return "vote on preferences"
+        case StarStage():
+            return "sample traces and keep the good ones"
         case _:
             return f"train the reward model {stage.name}"
 

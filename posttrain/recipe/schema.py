@@ -17,6 +17,7 @@ from posttrain.recipe.data_schema import DataSource as DataSource
 from posttrain.recipe.data_schema import Section as Section
 from posttrain.recipe.model_schema import LoraConfig as LoraConfig
 from posttrain.recipe.model_schema import ModelConfig as ModelConfig
+from posttrain.recipe.mrt_schema import StarStage as StarStage
 from posttrain.recipe.preference_schema import AnnotatePreferencesStage as AnnotatePreferencesStage
 from posttrain.recipe.preference_schema import RewardModelStage as RewardModelStage
 from posttrain.recipe.rewards_schema import RewardModelConfig as RewardModelConfig
@@ -92,7 +93,7 @@ class RolloutConfig(Section):
     """vLLM on a CPU: size of its key-value cache."""
 
 
-ROW_WRITERS: tuple[str, ...] = ("annotate_preferences",)
+ROW_WRITERS: tuple[str, ...] = ("annotate_preferences", "star")
 """Kinds of stages whose rows a later stage can take as data (`stage: NAME`)."""
 REWARD_TRAINERS: tuple[str, ...] = ("reward_model",)
 """Kinds of stages that train a reward model, which later stages can use under the stage's name."""
@@ -106,6 +107,7 @@ class StageSpec(Section):
     evaluate: EvaluateStage | None = None
     annotate_preferences: AnnotatePreferencesStage | None = None
     reward_model: RewardModelStage | None = None
+    star: StarStage | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> StageSpec:

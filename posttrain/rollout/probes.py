@@ -36,6 +36,10 @@ class Cut:
     forced: bool = True
 
 
+Point = tuple[Cut, list[Rollout]]
+"""A place and the answers that were given there."""
+
+
 class MetaProver:
     """Asks for forced answers and scores them. Counts what that takes.
 
@@ -96,6 +100,22 @@ class MetaProver:
         self.prompts += [request.prompt_ids for request in asked]
         answers = batch.groups()
         return [[] if request is None else answers[request.group] for request in requests]
+
+    def ask_everywhere(self, rollouts: Sequence[Rollout]) -> list[list[Point]]:
+        """Answers before each rollout's thinking, after every episode, and after the last.
+
+        After thinking that was closed the answer is sampled as it would be, else it is forced.
+        """
+        places: list[list[Cut]] = []
+        for rollout in rollouts:
+            thinking = self.thinking(rollout)
+            places.append([Cut(rollout, at) for at in (thinking.start, *thinking.cuts)])
+            if thinking.answer is None:
+                places[-1].append(Cut(rollout, thinking.end))
+            else:
+                places[-1].append(Cut(rollout, thinking.answer, forced=False))
+        answers = iter(self.ask([cut for cuts in places for cut in cuts]))
+        return [[(cut, next(answers)) for cut in cuts] for cuts in places]
 
     def reuse(self) -> float:
         """Share of the prompt tokens of all probes that lie in a beginning which another probe has too."""
