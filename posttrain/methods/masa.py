@@ -335,8 +335,6 @@ class Masa(Method):
         by_id = {r.id: float(value) for r, value in zip(meta, advantages, strict=True)}
         return [Channel(META, by_id, pool="outcome")]
 
-    # --- experts ---------------------------------------------------------------------------------------
-
     def _collect_experts(
         self,
         asked: Sequence[Rollout],
@@ -393,7 +391,7 @@ class Masa(Method):
         """
         levels, efficient = self.config.question.levels, self.config.efficient or EfficientConfig()
         caps = {r.request.group: r.request.sampling.max_tokens for r in batch.with_role(SOLUTION)}
-        assessments, gate, cut = [], [0, 0], [0, 0]
+        assessments, gate, cut, over = [], [0, 0], [0, 0], [0, 0]
         for group, worth in rewards.items():
             own, forecast = solutions[group], Forecast.of(predictions[group], levels)
             assessments.append(Assessment.of(predictions[group], worth, own, levels))
@@ -403,9 +401,12 @@ class Masa(Method):
                 gate = [gate[0] + 1, gate[1] + (own.pass_rate in (0.0, 1.0))]
             limit = self._limit(forecast, caps[group], efficient)
             lengths = own.correct_lengths
-            cut = [cut[0] + len(lengths), cut[1] + sum(length > limit for length in lengths)]
+            lost = sum(length > limit for length in lengths)
+            cut = [cut[0] + len(lengths), cut[1] + lost]
+            long = sum(length > limit for length in own.lengths)
+            over = [over[0] + long, over[1] + long - lost]
         limited = [r for r in batch.with_role(SOLUTION) if r.request.group in self._limits]
-        counts = [*gate, *cut, len(limited), sum(r.truncated for r in limited)]
+        counts = [*gate, *cut, *over, len(limited), sum(r.truncated for r in limited)]
         counts += [_tokens(batch, SOLUTION), _tokens(batch, META)]
         parts = context.gather([assessments, counts])
         everything = [assessment for own, _ in parts for assessment in own]
@@ -430,7 +431,7 @@ class Masa(Method):
                 logger.warning(message, context.step + 1, found["rate_predicted"])
 
     def _log_controls(self, total: Sequence[int], context: StepContext) -> None:
-        gated, right, _, _, limited, cut, solution, meta = total
+        gated, right, _, _, over, wrong, limited, cut, solution, meta = total
         seen, good = self.controls.sums(self.controls.gate_window)
         correct, lost = self.controls.sums(self.controls.cut_window)
         shares = {
@@ -438,6 +439,7 @@ class Masa(Method):
             "gate/precision": (good, seen),
             "cutoff/false_rate": (lost, correct),
             "cutoff/cut": (cut, limited),
+            "cutoff/wrong": (wrong, over),
             "tokens/meta_share": (meta, solution + meta),
         }
         values = {name: part / whole for name, (part, whole) in shares.items() if whole}
