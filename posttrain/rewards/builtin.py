@@ -12,6 +12,7 @@ answer, the rewards that compare with it do not apply.
     reasoning_gym    the score of the reasoning-gym dataset itself
     code             share of tests that the program in the completion passes, in a sandbox
     http             what a server says (`posttrain.rewards.http`)
+    llm_judge        what a language model says (`posttrain.rewards.judge`)
 """
 
 from __future__ import annotations
