@@ -12,7 +12,6 @@ Besides what the client counts (`posttrain.rewards.client`) and the plan (`postt
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -149,6 +148,8 @@ class LlmJudge:
         self._price = (0.0, 0.0) if price is None else (float(price[0]), float(price[1]))
         self._deterministic = deterministic
         self._concurrency = concurrency
+        import asyncio  # slow to import, and `posttrain plan` gets to this module
+
         self._turns = asyncio.Semaphore(concurrency)
         self._client: JsonClient | None = None
         if url is not None:
@@ -195,6 +196,8 @@ class LlmJudge:
         """One value for each completion, None, or why there is none."""
         if self._client is None:
             raise RewardError("the run's own engine is asked by the trainer, not by a reward worker")
+        import asyncio
+
         rounds = self.rounds(completions, examples)
         try:
             questions = next(rounds)
