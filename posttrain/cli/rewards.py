@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from posttrain.rewards.registry import known_rewards, provenance
+    from posttrain.rewards.registry import RewardInfo, known_rewards, provenance
 
     if args.recipe is None:
         infos = list(known_rewards().values())
@@ -79,11 +79,24 @@ def _list(args: argparse.Namespace) -> None:
         from posttrain.rewards.scorer import Scorer
 
         recipe = _recipe(args.recipe)
-        with Scorer(recipe.rewards, recipe.reward_options, models=recipe.reward_models) as scorer:
+        trained = recipe.trained_rewards(len(recipe.stages))
+        stages = [spec for stage in recipe.stages for spec in getattr(stage.config, "rewards", None) or []]
+        named = {spec.name: spec for spec in [*recipe.rewards, *stages] if spec.code not in trained}
+        used = {spec.code for spec in named.values()}
+        named |= {name: _plain(name) for name in recipe.reward_models if name not in used}
+        specs = [spec.model_copy(update={"only_if": None}) for spec in named.values()]
+        with Scorer(specs, recipe.reward_options, models=recipe.reward_models) as scorer:
             infos = list(scorer.infos.values())
+        infos += [RewardInfo(n, kind="reward model", origin=f"the stage {n}") for n in trained]
     heads = ("name", "version", "kind", "range", "deterministic", "time-out", "from", "")
     rows = [heads, *((*_cells(info), provenance(info), info.doc) for info in infos)]
     _print_table(rows)
+
+
+def _plain(name: str) -> RewardSpec:
+    from posttrain.recipe.schema import RewardSpec
+
+    return RewardSpec(name=name)
 
 
 def _cells(info: RewardInfo) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from transformers import (
 from posttrain.errors import DataError, RewardError
 from posttrain.recipe.rewards_schema import RewardModelConfig
 from posttrain.rewards.checkpoint import find_checkpoint
-from posttrain.rewards.texts import plain_prompt, split_steps, well_formed
+from posttrain.rewards.texts import plain_prompt, reduce_steps, split_steps, well_formed
 from posttrain.rollout.types import Message, Prompt
 
 Pair = tuple[Prompt, str]
@@ -225,14 +225,9 @@ class RewardModel:
 
     def _reduce(self, steps: torch.Tensor) -> float:
         """From the scores of the steps to that of the completion."""
-        kind = self.config.step_reduce
         if not bool(steps.isfinite().all()):
             return math.nan  # a minimum could hide it
-        if kind == "min":
-            return float(steps.min())
-        if kind == "mean":
-            return float(steps.mean())
-        return float(steps[-1] if kind == "last" else steps.prod())
+        return reduce_steps(steps.tolist(), self.config.step_reduce)
 
     # --- texts --------------------------------------------------------------------------------------------
 
@@ -265,7 +260,7 @@ class RewardModel:
 
     def _render_chat(self, prompt: Prompt, completion: str, ends: tuple[int, ...]) -> _Rendered:
         messages = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-        messages = [Message(**{**m, "content": well_formed(m["content"])}) for m in messages]  # type: ignore[typeddict-item]
+        messages = [Message(**{**m, "content": well_formed(m["content"])}) for m in messages]
         try:
             before = self._apply_template(messages, add_generation_prompt=True)
             text = self._apply_template([*messages, Message(role="assistant", content=completion)])

@@ -1,8 +1,10 @@
-"""What reward models read: prompts as plain text, and completions cut into steps. Imports nothing heavy."""
+"""What reward models read: prompts as plain text, and steps of completions. Nothing heavy is imported."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 
 from posttrain.errors import DataError
 from posttrain.rollout.types import Prompt
@@ -44,3 +46,12 @@ def split_steps(completion: str, separator: str) -> tuple[str, tuple[int, ...]]:
     if not ends:
         raise DataError("the completion has no steps")
     return text, tuple(ends)
+
+
+def reduce_steps(scores: Sequence[float], how: str) -> float:
+    """From the scores of the steps to that of the completion."""
+    if how == "min":
+        return min(scores)
+    if how == "mean":
+        return math.fsum(scores) / len(scores)
+    return scores[-1] if how == "last" else math.prod(scores)

@@ -27,7 +27,7 @@ from posttrain.errors import DataError, RewardError
 from posttrain.recipe.rewards_schema import RewardModelConfig
 from posttrain.rewards.client import JsonClient
 from posttrain.rewards.counts import count
-from posttrain.rewards.texts import fill_pair, plain_prompt, split_steps, well_formed
+from posttrain.rewards.texts import fill_pair, plain_prompt, reduce_steps, split_steps, well_formed
 from posttrain.rollout.types import Message, Prompt
 
 ROUTES = {"vllm_classify": "/classify", "vllm_score": "/score", "vllm_pooling": "/pooling"}
@@ -180,12 +180,3 @@ class VllmEndpoint:
         largest = max(row)
         powers = [math.exp(value - largest) for value in row]
         return powers[number] / sum(powers)
-
-
-def reduce_steps(scores: Sequence[float], how: str) -> float:
-    """From the scores of the steps to that of the completion."""
-    if how == "min":
-        return min(scores)
-    if how == "mean":
-        return math.fsum(scores) / len(scores)
-    return scores[-1] if how == "last" else math.prod(scores)

@@ -314,6 +314,28 @@ def test_a_run_has_one_server_for_all_its_stages_and_rewards(run, path, direct):
     assert len(set(scored)) > 12
 
 
+def test_a_run_keeps_its_servers_between_stages(run, tmp_path, monkeypatch):
+    # The servers of `run` are kept by this module, too, so it is looked at who keeps them.
+    keepers = []
+    outside = model_server._keepers
+    text = (run[0].parent / "rewarded.yaml").read_text().replace("name: rewarded", "name: again")
+    (tmp_path / "again.yaml").write_text(re.sub(r"rewards:\n(  - .*\n)+", "rewards: [quality]\n", text))
+    monkeypatch.setattr("posttrain.recipe.run._run_stages", lambda *_: keepers.append(model_server._keepers))
+    monkeypatch.setattr("posttrain.recipe.run._finish", lambda *_: None)
+    assert main(["train", str(tmp_path / "again.yaml")]) == 0
+    assert keepers == [outside + 1]
+    assert model_server._keepers == outside
+
+
+def test_what_is_listed(run, capsys):
+    assert main(["rewards", "list", str(run[0] / "recipe.yaml")]) == 0
+    lines = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    (quality,) = [line for line in lines if line[0] == "quality"]
+    assert quality[1].startswith("local+")
+    assert quality[2] == "reward model"
+    assert quality[-1].endswith("reward_model0")
+
+
 def test_a_run_keeps_which_model_it_was(run, path):
     folder, _ = run
     listed = {entry["name"]: entry for entry in json.loads((folder / "rewards.json").read_text())}
@@ -406,6 +428,7 @@ def test_a_server_that_cannot_start_says_why(path, tmp_path, monkeypatch):
     failing = tmp_path / "python"
     failing.write_text("#!/bin/sh\necho loading >&2\necho 'x cannot be loaded: it is broken' >&2\nexit 1\n")
     failing.chmod(0o755)
+    other = shutil.copytree(path, tmp_path / "other")  # for which there is no server
     monkeypatch.setattr(model_server.sys, "executable", str(failing))
     with (
         model_server.keep_servers(),
@@ -413,7 +436,7 @@ def test_a_server_that_cannot_start_says_why(path, tmp_path, monkeypatch):
             RewardError, match=r"'rm': its server did not start: x cannot be loaded: it is broken$"
         ),
     ):
-        server_of(path).ensure(lambda: None)
+        server_of(other).ensure(lambda: None)
 
 
 def server_of(path: Path) -> model_server.ModelServer:
