@@ -222,6 +222,7 @@ def test_preferences(answer, verdict):
     [
         ("pointwise", '{"reason": "x", "score": 7}', 7),
         ("pointwise", '<think>{"score": 1}</think> {"score": 7}', 7),
+        ("pointwise", '{"reason": "it says </think> here", "score": 7}', 7),
         ("pointwise", '{"score": 7.0}', None),
         ("pointwise", '{"score": "7"}', None),
         ("pointwise", '{"score": true}', None),
