@@ -25,7 +25,7 @@ from posttrain.rollout.types import derive_seed
 ROOT = Path(__file__).resolve().parent.parent
 
 TASK = {"min_terms": 3, "max_terms": 3}
-ERRORS = ("digit", "sign", "skip")
+ERRORS = ("digit", "extra", "sign")
 SIZES = {"train": 1200, "test": 500}
 FLIPPED = {"train": 0.25, "test": 0.0}
 
@@ -33,17 +33,18 @@ FLIPPED = {"train": 0.25, "test": 0.0}
 def solution(first: int, terms: list[int], error: str | None, at: int) -> str:
     """A worked solution. `error` happens in the step with index `at`; what follows goes on from there.
 
-    digit: of the result only the last digit is kept; sign: the term is taken with the other sign; skip: the
-    step is left out.
+    digit: of the result only the last digit is kept; extra: the result gets a ten that it does not have, or
+    in the second step a sign, so that neither long nor short solutions are the right ones; sign: the term is
+    taken with the other sign.
     """
     value, steps = first, []
     for index, term in enumerate(terms):
         here = error if index == at else None
-        if here == "skip":
-            continue
         result = value - term if here == "sign" else value + term
         if here == "digit":
             result = abs(result) % 10
+        if here == "extra":
+            result = -result if at % 2 and 0 < result < 10 else result + (10 if result >= 0 else -10)
         steps.append(f"{value}{term:+d}={result}")
         value = result
     return f"<think>{';'.join(steps)}</think>{value}"
@@ -56,11 +57,15 @@ def pairs(split: str, size: int, flipped: float, seed: int) -> Iterator[dict[str
     for index, example in enumerate(make_task("arithmetic", size=size, seed=seed, split=split, **TASK)):
         first, *terms = map(int, re.findall(r"[+-]?\d+", str(example.prompt)))
         right = solution(first, terms, None, 0)
-        wrong, error = right, ""
-        while wrong.rpartition(">")[2] == example.answer:  # some errors change nothing, or cancel out
-            error = str(rng.choice(ERRORS))
-            wrong = solution(first, terms, error, int(rng.integers(len(terms))))
-        chosen, rejected = (wrong, right) if index in wrong_labels else (right, wrong)
+        found: dict[str, list[str]] = {}
+        for error in ERRORS:
+            made = (solution(first, terms, error, at) for at in range(len(terms)))
+            # Some errors change nothing, or cancel out.
+            if wrong := [text for text in made if text.rpartition(">")[2] != example.answer]:
+                found[error] = wrong
+        error = str(rng.choice(list(found)))
+        wrong_solution = found[error][int(rng.integers(len(found[error])))]
+        chosen, rejected = (wrong_solution, right) if index in wrong_labels else (right, wrong_solution)
         row = {"prompt": example.prompt, "chosen": chosen, "rejected": rejected, "error": error}
         yield {**row, "flipped": index in wrong_labels} if flipped else row
 

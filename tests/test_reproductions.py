@@ -72,3 +72,19 @@ def test_hdpo_from_end_to_end(tmp_path, monkeypatch):
     written = (tmp_path / folders[0] / "summary.json").stat().st_mtime_ns
     reproduce.main(["hdpo", "--fast"])  # what is there is kept
     assert (tmp_path / folders[0] / "summary.json").stat().st_mtime_ns == written
+
+
+def test_reward_model_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RUNS", tmp_path)
+    reproduce.main(["reward_model", "--fast"])
+    result = json.loads((tmp_path / "reward_model-fast.json").read_text())
+    for arm in ("raw pairs", "annotated"):
+        assert 0 <= result["arms"][arm]["held-out accuracy"][0] <= 1
+    assert 0 <= result["votes"]["auc"][0] <= 1
+    assert len(result["grpo"][0]["preference"]) == 2
+    (made,) = result["claims"]
+    assert made["measured"] == pytest.approx(
+        result["arms"]["annotated"]["held-out accuracy"][0]
+        - result["arms"]["raw pairs"]["held-out accuracy"][0],
+        abs=1e-4,
+    )
