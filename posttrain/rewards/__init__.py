@@ -5,7 +5,7 @@ builtin    the rewards that come with posttrain
 maths      what math-verify would say, where asking it is not needed
 code_tests and sandbox   what model-written programs are judged by, and where they run
 http       what a server says, by client (requests: retries, rate, servers that are away)
-judge      what a language model says; judge_text: what it is asked and how it is read; judge_rounds: in what order
+judge      what a language model says; judge_text: how it is asked and read; judge_rounds: in what order
 shared     a judge that is the policy itself, on the run's engine
 model_reward   rewards that are reward models; model_server and lease: their servers, as the trainer sees them
 serve      such a server; model and checkpoint: the model in it; vllm_endpoints: or one of vLLM's
