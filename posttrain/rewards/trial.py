@@ -141,6 +141,8 @@ def try_reward(
         spec: the reward.
         examples: gold samples; see `gold_examples`.
         accept: lowest value that says "right"; None is the top of the declared range, or anything above 0.
+            The scores of a reward model without a range mean something only beside each other: then a right
+            completion has to score higher than those to the same prompt without the answer.
         models: reward models that the spec may name.
 
     Raises:
@@ -157,6 +159,7 @@ def try_reward(
         second, _ = _score(scorer, info, cases)
     outcomes = [_Outcome(case, *pair) for case, pair in zip(cases, first, strict=True)]
     again = [_Outcome(case, *pair) for case, pair in zip(cases, second, strict=True)]
+    relative = info.model is not None and accept is None and info.range is None
     if accept is None and info.range is not None:
         accept = info.range[1]
     checks = [
@@ -166,8 +169,7 @@ def try_reward(
         _absent("process", "died", outcomes, "no sample ended the process"),
         _length(info, outcomes),
         _any_text(outcomes),
-        _gold(outcomes, accept),
-        _adversarial(outcomes, accept),
+        *([_preferred(outcomes)] if relative else [_gold(outcomes, accept), _adversarial(outcomes, accept)]),
     ]
     if any(outcome.kind == "unavailable" for outcome in outcomes):
         checks.append(_absent("server", "unavailable", outcomes, ""))
@@ -214,14 +216,16 @@ def _gold_text(example: Example) -> str | None:
 def _score(
     scorer: Scorer, info: RewardInfo, cases: Sequence[Case]
 ) -> tuple[list[tuple[float | None, str]], RewardStats]:
-    """Value and error of every case. A reward of batches gets each case twice, as a group of its own."""
+    """Value and error of every case. A reward of batches gets each in a group with the right completion."""
     rollouts = []
     for number, case in enumerate(cases):
-        # There is no tokenizer here: a byte is a token.
-        ids = tuple(case.text.encode("utf-8", "surrogatepass"))
-        completion = Completion(ids, (0.0,) * len(ids), "stop", case.text)
-        request = RolloutRequest((0,), case.example, str(number), Sampling(max_tokens=max(len(ids), 1)))
-        rollouts += [Rollout(request, completion, index, 0) for index in range(2 if info.batched else 1)]
+        texts = [case.text, _gold_text(case.example) or case.text] if info.batched else [case.text]
+        for index, text in enumerate(texts):
+            # There is no tokenizer here: a byte is a token.
+            ids = tuple(text.encode("utf-8", "surrogatepass"))
+            completion = Completion(ids, (0.0,) * len(ids), "stop", text)
+            request = RolloutRequest((0,), case.example, str(number), Sampling(max_tokens=max(len(ids), 1)))
+            rollouts.append(Rollout(request, completion, index, 0))
     stats = scorer.score(rollouts).rewards[info.name]
     own = [rollout for rollout in rollouts if rollout.index == 0]
     return [(r.rewards[info.name], r.reward_errors.get(info.name, "")) for r in own], stats
@@ -303,3 +307,18 @@ def _adversarial(outcomes: Sequence[_Outcome], accept: float | None) -> Check:
         kinds = ", ".join(dict.fromkeys(outcome.case.kind for outcome in bad))
         return Check("adversarial", False, f"accepted without the answer: {kinds}")
     return Check("adversarial", True, f"{len(judged)} completions without the answer are not accepted")
+
+
+def _preferred(outcomes: Sequence[_Outcome]) -> Check:
+    """Whether right completions score higher than those to the same prompt that lack the answer."""
+    scored = [outcome for outcome in outcomes if outcome.value is not None]
+    gold = {outcome.case.example.id: outcome.value for outcome in scored if outcome.case.kind == "gold"}
+    judged = [o for o in scored if o.case.right is False and o.case.example.id in gold]
+    if not judged:
+        return Check("gold", None, "no right completion was scored beside one without the answer")
+    bad = [o for o in judged if o.value >= gold[o.case.example.id]]  # type: ignore[operator]
+    if bad:
+        kinds = ", ".join(dict.fromkeys(outcome.case.kind for outcome in bad))
+        text = f"{len(bad)} of {len(judged)} score as high as the right completion: {kinds}"
+        return Check("gold", False, text)
+    return Check("gold", True, f"{len(judged)} completions without the answer score lower than the right one")

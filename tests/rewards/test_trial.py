@@ -3,7 +3,16 @@ from rewards.score_server import serving
 from rewards.test_registry import spec
 
 from posttrain.errors import RecipeError
-from posttrain.rewards.trial import CODE, MATHS, gold_examples, make_cases, try_reward
+from posttrain.rewards.trial import (
+    CODE,
+    MATHS,
+    Case,
+    _Outcome,
+    _preferred,
+    gold_examples,
+    make_cases,
+    try_reward,
+)
 from posttrain.rollout.types import Example
 
 
@@ -126,6 +135,30 @@ def test_a_level_of_acceptance(tmp_path):
     own = spec("half", **{"from": str(tmp_path / "half.py")})
     assert try_reward(own, MATHS[:1]).failed == ["gold"]
     assert try_reward(own, MATHS[:1], accept=0.5).failed == []
+
+
+def test_a_relative_reward_is_tried_beside_the_right_completion(tmp_path):
+    (tmp_path / "best.py").write_text(
+        "from posttrain import reward\n"
+        "@reward('best', range=(0, 1), batched=True)\n"
+        "def best(completions, examples):\n"
+        "    right = ['42' in completion.text for completion in completions]\n"
+        "    return [0.5 if all(right) or not any(right) else float(one) for one in right]\n"
+    )
+    own = spec("best", **{"from": str(tmp_path / "best.py")})
+    assert try_reward(own, MATHS[:1], accept=0.5).failed == []
+    assert try_reward(own, MATHS[:1], accept=0.6).failed == ["gold"]
+
+
+@pytest.mark.parametrize(("wrong", "passed"), [(-3.5, True), (-2.0, False), (None, None)])
+def test_scores_of_a_reward_model_are_compared_with_each_other(wrong, passed):
+    example = MATHS[0]
+    outcomes = [_Outcome(Case("gold", example, "42", True), -2.0, "")]
+    outcomes += [
+        _Outcome(Case("empty text", example, "", False), wrong, "" if wrong else "exception: no"),
+        _Outcome(Case("copy of the prompt", example, "", None), 5.0, ""),
+    ]
+    assert _preferred(outcomes).passed is passed
 
 
 def test_a_server_is_tried_too():
