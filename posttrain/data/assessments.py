@@ -7,6 +7,7 @@ What it is taught to say is noise on purpose, and too confident, as the papers' 
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,16 +34,21 @@ SLICE = 4
 
 
 def assessing(task: Callable[..., Problem]) -> Callable[..., Problem]:
-    """The task of assessing the problems of another task; it takes the same arguments.
+    """The task of assessing the problems of another task; it takes the same arguments, and `solved`.
 
-    Notions are steps of a demonstration of the problem, or as often of another problem.
+    Notions are steps of a demonstration of the problem, or as often of another problem. `solved` is the share
+    of rows that are the other task's own: a small model that is taught one after the other forgets the first.
     """
 
     @functools.wraps(task)
-    def assess(rng: np.random.Generator, **args: object) -> Problem:
+    def assess(rng: np.random.Generator, *, solved: float = 0.0, **args: object) -> Problem:
         problem, other = task(rng, **args), task(rng, **args)
+        if rng.random() < solved:
+            return problem
         source = problem if rng.random() < 0.5 else other
         steps = [step for step in steps_of(source) if step not in problem.question]
+        if not steps:
+            return assess(rng, **args)
         count = min(int(rng.integers(1, 3)), len(steps))
         confident = rng.random() < CONFIDENT
         prediction = Prediction(
@@ -54,6 +60,11 @@ def assessing(task: Callable[..., Problem]) -> Callable[..., Problem]:
         prompt = SHORT.template.replace("{problem}", problem.question)
         return replace(problem, prompt=prompt, answer=answer, demonstration=answer)
 
+    parameters = (
+        inspect.signature(task).parameters | inspect.signature(assess, follow_wrapped=False).parameters
+    )
+    listed = [parameter for name, parameter in parameters.items() if name != "args"]
+    assess.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
     return assess
 
 

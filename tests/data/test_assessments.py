@@ -30,5 +30,9 @@ def test_rows_stay_in_their_split_and_take_the_tasks_arguments():
     asked = make_task("meta_arithmetic", size=200, seed=0, split="test", max_term=6)
     solved = make_task("arithmetic", size=1500, seed=1, split="train", max_term=6)
     assert not {row.prompt for row in solved} & {row.prompt.removeprefix("assess ") for row in asked}
-    with pytest.raises(DataError, match="no argument 'terms'; known: min_terms"):
+    mixed = make_task("meta_arithmetic", size=400, seed=0, split="train", max_term=6, slips=0.6, solved=0.7)
+    asked_too = [row for row in mixed if row.prompt.startswith("assess ")]
+    assert len(asked_too) / 400 == pytest.approx(0.3, abs=0.07)
+    assert all("<think>" in row.columns["completion"] for row in mixed if row not in asked_too)
+    with pytest.raises(DataError, match=r"no argument 'terms'; known: min_terms.*solved"):
         make_task("meta_arithmetic", size=1, seed=0, split="train", terms=3)
