@@ -72,5 +72,5 @@ def steps_of(problem: Problem) -> list[str]:
     """What a demonstration writes down on the way, step by step or in slices, each once."""
     thoughts = re.search(r"<think>(.*)</think>", str(problem.demonstration))
     text = thoughts[1] if thoughts else ""
-    slices = (text[start : start + SLICE] for start in range(0, len(text), SLICE))
+    slices = (text[start : start + SLICE].strip() for start in range(0, len(text), SLICE))
     return list(dict.fromkeys(text.split(";") if ";" in text else slices))
