@@ -92,12 +92,14 @@ def size_of(stage: Stage, recipe: Recipe) -> StageSize:
             traces = None if rows is None else rows * stage.samples
             return StageSize(rows, None, traces, traces and traces * recipe.rollout.max_tokens)
         case EvaluateStage():
-            answers = None
-            if rows is not None:
-                sampled = any("@" in metric or metric == "mean_length" for metric in stage.metrics)
-                answers = rows * (stage.samples * sampled + ("greedy" in stage.metrics))
+            if rows is None:
+                return StageSize(None, None, None, None)
+            sampled = any("@" in metric or metric in ("mean_length", "meta") for metric in stage.metrics)
+            answers = rows * (stage.samples * sampled + ("greedy" in stage.metrics))
+            told = rows * stage.meta.samples * ("meta" in stage.metrics)
             cap = stage.max_tokens or recipe.rollout.max_tokens
-            return StageSize(rows, None, answers, None if answers is None else answers * cap)
+            tokens = answers * cap + told * (stage.meta.max_tokens or cap)
+            return StageSize(rows, None, answers + told, tokens)
 
 
 def _trainings(stage: SftStage | PreferenceStage, rows: int) -> tuple[int, int]:
