@@ -46,6 +46,7 @@ def search(
     fillers: float = 0.2,
     traces: bool = False,
     forced: float = 0.0,
+    facts: bool = False,
 ) -> Problem:
     """A modular equation and a wasteful search for its solution.
 
@@ -57,10 +58,16 @@ def search(
         traces: rows differ in their search, so that an equation may come more than once.
         forced: chance that the search is cut somewhere and the answer forced; the beginning and the cue then
             belong to the prompt.
+        facts: a row is one try of any candidate, to be completed with its product and verdict. Makes the
+            products known before whole searches are learnt.
     """
     p = int(rng.choice(list(moduli)))
     a, x = int(rng.integers(2, p)), int(rng.integers(1, p))
     question = f"{a:x}x={a * x % p:x}%{p:x}"
+    if facts:
+        episode = _try(int(rng.integers(1, p)), a, x, p)
+        begin, demonstration = f"<think>{episode[:3]}", episode[3:]
+        return Problem(question, f"{x:x}", demonstration, given=begin, variant=episode)
     episodes = _episodes(rng, a, x, p, repeats, fillers)
     begin, answer = "", f"{x:x}"
     if rng.random() < forced:
@@ -120,11 +127,15 @@ def _episodes(rng: np.random.Generator, a: int, x: int, p: int, repeats: float, 
         else:
             candidate = int(rng.choice([c for c in range(1, p) if c not in tried]))
             tried.append(candidate)
-        product = a * candidate % p
-        episodes.append(f"T{candidate:x}:{product:x}{'Y' if candidate == x else 'N'};")
+        episodes.append(_try(candidate, a, x, p))
     if rng.random() < AFTERWARDS:
         episodes += ["W;"] * int(rng.integers(4))
     return episodes
+
+
+def _try(candidate: int, a: int, x: int, p: int) -> str:
+    """An episode that tries a candidate."""
+    return f"T{candidate:x}:{a * candidate % p:x}{'Y' if candidate == x else 'N'};"
 
 
 def _best_answer(rng: np.random.Generator, episodes: Sequence[str], x: int, p: int) -> str:

@@ -64,7 +64,7 @@ def run(stage: StarStage, context: StageContext) -> StageResult:
             scorer.score(batch.rollouts)
             context.show(0, 1, {"phase": "selecting"})
             prover = MetaProver(engine, tokenizer, scorer.score, stage.probes)
-            kept = select(stage, batch.rollouts, prover)
+            kept = [row for row in select(stage, batch.rollouts, prover) if row[1].strip()]
     finally:
         engine.close()
 

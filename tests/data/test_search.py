@@ -75,6 +75,14 @@ def test_forced_answers_are_right_as_often_as_the_chance_says():
     assert 0.05 < np.mean(unsure) < 0.3
 
 
+def test_facts_are_single_tries():
+    for row in rows(200, facts=True):
+        question, episode = (row.prompt + row.columns["completion"]).split("<think>")
+        a, p = int(question[0], 16), int(question[-1], 16)
+        assert int(episode[3], 16) == a * int(episode[1], 16) % p
+        assert (episode[4:] == "Y;") == (chance_of_success(question, episode) == 1.0)
+
+
 def test_a_question_comes_once_without_traces():
     rng = np.random.default_rng(0)
     found = [search(rng, repeats=0.0, fillers=0.0) for _ in range(2500)]
