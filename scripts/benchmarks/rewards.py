@@ -46,8 +46,8 @@ MODELS = {
 }
 """Model, tokens of the prompt, and of the median completion.
 
-Batches save what a pass costs whatever is in it: nearly all of a tiny model on short texts, little of a larger
-one on one CPU thread, where arithmetic decides.
+Batches save what a pass costs whatever is in it: nearly all of it for a tiny model on short texts, and little
+for a larger one on one CPU thread, where arithmetic decides.
 """
 TEXTS, BATCH_TOKENS = 128, 4096
 MODEL_LIMIT, LARGER_LIMIT = 0.30, 1.00
