@@ -171,6 +171,10 @@ def _reward_lines(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for spec in recipe.stages:
         if own := getattr(spec.config, "rewards", None):
             yield f"rewards of {spec.config.name}", ", ".join(map(_reward_text, own))
+    for name, model in recipe.reward_models.items():
+        code = ", RUNS CODE FROM THE CHECKPOINT (trust_remote_code)" if model.trust_remote_code else ""
+        place = f"{model.path}, loaded once on this machine{code}" if model.path else f"served at {model.url}"
+        yield f"reward model {name}", place
 
 
 def _reward_text(spec: RewardSpec) -> str:

@@ -218,3 +218,18 @@ def test_preferences() -> None:
     assert "in batches of 20 = 36 steps, then drop" in text
     assert "1 × pairs in batches of 8, from the policy" in text
     assert "vote on preferences, then train the reward model reward_model, then train the reward" in text
+
+
+def test_reward_models_are_shown_with_where_they_are() -> None:
+    Path("try.yaml").write_text(
+        RECIPE + "reward_models:\n"
+        "  tone: {path: org/tone, trust_remote_code: true}\n"
+        '  facts: {url: "http://node1:8000"}\n'
+    )
+    lines = format_plan(plan()).splitlines()
+    shown = [" ".join(line.split()) for line in lines if line.strip().startswith("reward model ")]
+    code = "RUNS CODE FROM THE CHECKPOINT (trust_remote_code)"
+    assert shown == [
+        f"reward model tone org/tone, loaded once on this machine, {code}",
+        "reward model facts served at http://node1:8000",
+    ]
