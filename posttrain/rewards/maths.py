@@ -58,7 +58,7 @@ def differ_at_a_point(gold: Sequence[Any], parsed: Sequence[Any]) -> bool:
 
     Spares wrong answers the search for a simplification that would make them equal.
     """
-    import sympy
+    import sympy  # type: ignore[import-untyped]
 
     pair = [expressions[0] for expressions in (gold, parsed) if expressions]
     if len(pair) < 2 or not all(isinstance(one, sympy.Expr) and not one.is_Symbol for one in pair):
