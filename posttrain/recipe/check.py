@@ -167,10 +167,10 @@ def _source(key: str, source: DataSource) -> Iterator[Finding]:
     wanted: dict[str, str | None] = source.columns.model_dump()
     if re.match(PAIRS, key):
         wanted = {"prompt": source.columns.prompt}
-        for column in ("chosen", "rejected"):
-            if column not in columns:
-                text = f"{source.jsonl} has no column {column!r}, which preferences need; it has "
-                yield f"{key}.jsonl", text + f"{', '.join(columns)}." + did_you_mean(column, columns)
+        for needed in ("chosen", "rejected"):
+            if needed not in columns:
+                text = f"{source.jsonl} has no column {needed!r}, which preferences need; it has "
+                yield f"{key}.jsonl", text + f"{', '.join(columns)}." + did_you_mean(needed, columns)
     for name, column in wanted.items():
         if column is not None and column not in columns:
             hint = " Set it to null when there is none." if name == "answer" else ""

@@ -18,6 +18,8 @@ REWARD_OPTIMIZER: dict[str, Any] = {"learning_rate": 1e-5, "schedule": "cosine"}
 class PreferenceStage(Section):
     """What the stages that train on preference pairs have in common."""
 
+    name: str
+    """Name of the stage in the run folder; different for every stage of a recipe."""
     data: DataSource
     """Pairs: columns `prompt` (see `columns.prompt`), `chosen` and `rejected`, text or messages; optionally
     `margin`, `target` and `weight`. Rows of weight 0 are left out."""

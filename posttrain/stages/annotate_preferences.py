@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +131,21 @@ def _vote(
         context.say(f"   {done} of {len(jobs)} models have voted before")
     for number, ((member, fold), path) in enumerate(zip(jobs, files, strict=True), start=1):
         unseen = np.flatnonzero(folds[member] == fold)
-        if number > done:
-            gaps = _train_and_vote(encoded, folds[member], fold, stage, context, tokenizer, number)
+        if number <= done:
+            votes[member, unseen] = on_first_rank(partial(_read, path))
+            continue
+        gaps = _train_and_vote(encoded, folds[member], fold, stage, context, tokenizer, number)
+        votes[member, unseen] = gaps
+        on_first_rank(partial(write_json, path, gaps.tolist()))
+        if context.rank == 0:
             agreement = {"accuracy": float((gaps > 0).mean()), "gap": float(gaps.mean())}
-            on_first_rank(lambda path=path, gaps=gaps: write_json(path, gaps.tolist()))
-            if context.rank == 0:
-                context.log_step(number, len(jobs), agreement)
-            context.stop.check()
-        votes[member, unseen] = on_first_rank(lambda path=path: json.loads(path.read_text()))
+            context.log_step(number, len(jobs), agreement)
     return votes.T
+
+
+def _read(path: Path) -> list[float]:
+    votes: list[float] = json.loads(path.read_text())
+    return votes
 
 
 def _train_and_vote(
