@@ -281,6 +281,7 @@ def measure(seeds: Sequence[int], fast: bool) -> dict[str, Any]:
         for example in problems(STEPS * len(DIGITS), DIGITS, "train")
     ]
     rows.write_text("".join(json.dumps(row) + "\n" for row in listed))
+    evaluate(base, fast)
     jobs = [Job(arm, seed, fast, runs) for seed in seeds for arm in (FAST_ARMS if fast else ARMS)]
     if fast:
         measured = [do(job) for job in jobs]
@@ -352,7 +353,14 @@ def _weighted(lines: Sequence[Mapping[str, Any]], key: str, weight: str) -> floa
 
 
 def evaluate(model_path: Path, fast: bool) -> Measured:
-    """Accuracy and self-predictions on held-out problems, sampled with the same seeds for all models."""
+    """Accuracy and self-predictions on held-out problems, sampled with the same seeds for all models.
+
+    What was measured is kept beside the model.
+    """
+    path = model_path / "measured.json"
+    if path.is_file():
+        kept: Measured = json.loads(path.read_text())
+        return kept
     held_out = problems(6 if fast else HELD_OUT, (1, 3, 4, 6, 7), "held-out")
     config = ModelConfig(path=str(model_path))
     tokenizer = load_tokenizer(config)
@@ -374,7 +382,9 @@ def evaluate(model_path: Path, fast: bool) -> Measured:
     told = make_rollouts(asked, engine.generate(asked), 0)
     outcomes = [r.completion.text.rpartition(ANSWER)[2] == r.request.example.answer for r in solved]
     found = self_assessment(list(zip(solved, outcomes, strict=True)), told.rollouts, meta)
-    return {"pass@1": statistics.mean(outcomes), **found}
+    measured = {"pass@1": statistics.mean(outcomes), **found}
+    path.write_text(json.dumps(measured, indent=2) + "\n")
+    return measured
 
 
 # --- report ----------------------------------------------------------------------------------------------
