@@ -122,11 +122,12 @@ class Progress:
 def metric_line(metric: str, value: Mapping[str, Any]) -> str:
     """A metric with its interval: shares in per cent, lengths in tokens."""
     scale, unit = (1.0, " tokens") if metric == "mean_length" else (100.0, " %")
-    numbers = [scale * float(value[key]) for key in ("value", "low", "high")]
-    interval = f"[{numbers[1]:.1f}, {numbers[2]:.1f}]"
-    return (
-        f"{metric:<12} {numbers[0]:5.1f}{unit}  {value['confidence']:.0%} interval {interval}, n={value['n']}"
-    )
+    numbers = [None if value[key] is None else scale * float(value[key]) for key in ("value", "low", "high")]
+    found, low, high = numbers
+    if found is None:
+        return f"{metric:<12}     –  no problem has a value"
+    interval = f"[{low:.1f}, {high:.1f}]" if low is not None and high is not None else "unknown"
+    return f"{metric:<12} {found:5.1f}{unit}  {value['confidence']:.0%} interval {interval}, n={value['n']}"
 
 
 def _quiet_libraries() -> None:

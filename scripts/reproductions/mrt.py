@@ -102,7 +102,7 @@ ARMS = (GRPO, *PENALTIES, ONLINE, EXPLICIT, *BASELINES, *STARS)
 
 @dataclass(frozen=True)
 class Job:
-    """One run: an arm and its seed; without an arm the cold start."""
+    """One run: an arm and its seed; without an arm the cold start, which all share."""
 
     seed: int
     fast: bool
@@ -119,15 +119,15 @@ class Job:
 def measure(seeds: Sequence[int], fast: bool) -> dict[str, Any]:
     """All arms on all seeds, `PROCESSES` at a time. With `fast` three arms, here."""
     arms = (GRPO, ONLINE, STARS[0]) if fast else ARMS
-    starts = [Job(seed, fast, runs=common.RUNS) for seed in seeds]
+    start = Job(0, fast, runs=common.RUNS)
     jobs = [Job(seed, fast, arm, common.RUNS) for seed in seeds for arm in arms]
     if fast:
-        before, after = [do(job) for job in starts], [do(job) for job in jobs]
+        before, after = do(start), [do(job) for job in jobs]
     else:
         with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
-            before = list(pool.map(do, starts))
+            before = pool.submit(do, start).result()
             after = list(pool.map(do, jobs))
-    table: dict[str, list[Measured]] = {"cold start": before}
+    table: dict[str, list[Measured]] = {"cold start": [before]}
     for job, measured in zip(jobs, after, strict=True):
         assert job.arm is not None
         table.setdefault(job.arm.name, []).append(measured)
@@ -148,7 +148,7 @@ def do(job: Job) -> Measured:
             overrides += FAST_TRAINING
         if job.fast and job.arm.selection is not None:
             overrides += ["stages[2].star.threshold=0"]  # the model of a fast cold start is never right
-        start = Job(job.seed, job.fast, runs=job.runs)
+        start = Job(0, job.fast, runs=job.runs)
         tokens = load_recipe(recipe, overrides).recipe.rollout.max_tokens
         overrides += [f"model.path={model_of(job.runs / start.name)}", *job.arm.overrides(tokens)]
         return measure_run(run(recipe, job.name, overrides, stages), probes=False)
