@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed.run
@@ -23,7 +24,7 @@ from helpers import make_tiny_model
 from peft import AutoPeftModelForCausalLM
 from peft.utils import get_peft_model_state_dict
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from posttrain.training.distributed import splits_weights
 
@@ -361,3 +362,49 @@ def test_configurations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert plugin.offload_optimizer_device == "none"
         assert plugin.zero3_save_16bit_model == (name == "zero3_8gpu")
     assert splits_weights() == (name in ("fsdp2_8gpu", "two_nodes", "zero3_8gpu"))
+
+
+PREFERENCES = """
+name: run
+model: {{path: {model}}}
+stages:
+  - annotate_preferences: {{data: {{jsonl: {pairs}}}, members: 1, treatment: none, {options}}}
+  - reward_model:
+      data: {{stage: annotate_preferences}}
+      eval: {{jsonl: {pairs}, limit: 11}}
+      log_every: 1
+      batch_size: 4
+      optimizer: {{learning_rate: 1e-3, name: sgd}}
+"""
+
+
+def test_reward_models_are_those_of_one_process(ranks, recipe):
+    """Votes, metrics, weights and held-out scores; eleven of these, so that their last batch is not full."""
+    rows = [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": "no" * (1 + n % 3)} for n in range(16)]
+    pairs = ranks.folder / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = "batch_size: 4, optimizer: {learning_rate: 1e-3, name: sgd}"
+    path = ranks.folder / "preferences.yaml"
+    path.write_text(PREFERENCES.format(model=recipe.parent / "model", pairs=pairs, options=options))
+    alone = train(ranks, path, "preferences-alone")
+    both = train(ranks, path, "preferences-ddp", backend="ddp", world=2)
+    votes = [
+        pq.read_table(run / "data/01-annotate_preferences/rows.parquet")["votes"] for run in (alone, both)
+    ]
+    assert len(votes[0]) == 16
+    torch.testing.assert_close(*(torch.tensor(v.to_pylist()) for v in votes), rtol=0, atol=1e-4)
+    assert len(lines(alone, "reward_model")) == 4
+    for one, two in zip(lines(alone, "reward_model"), lines(both, "reward_model"), strict=True):
+        for name in ("loss", "accuracy", "gap", "reward", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], abs=1e-4), name
+    weights = [
+        AutoModelForSequenceClassification.from_pretrained(run / "models/02-reward_model").state_dict()
+        for run in (alone, both)
+    ]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-4, msg=name)
+    held_out = [
+        json.loads((run / "evaluations/02-reward_model/metrics.json").read_text()) for run in (alone, both)
+    ]
+    assert held_out[0]["pairs"] == held_out[1]["pairs"] == 11
+    assert held_out[1]["gap"] == pytest.approx(held_out[0]["gap"], abs=1e-3)
