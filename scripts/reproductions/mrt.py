@@ -288,7 +288,7 @@ def report(table: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
             claim(name, "< 0.10: it only subtracts a baseline", gains, statistics.mean(gains) < 0.1)
         )
     star, mrt_star = (arm.name for arm in STARS)
-    if star in table:
+    if star in table and mrt_star in table:
         gains = [a - b for a, b in zip(of(star, "regret@64"), of(mrt_star, "regret@64"), strict=True)]
         name = "regret up to 64 tokens, star minus mrt-star, equally many demonstrations"
         claims.append(claim(name, "> 0", gains, min(gains) > 0))
