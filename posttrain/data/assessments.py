@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def assessing(task: Callable[..., Problem]) -> Callable[..., Problem]:
     """
 
     @functools.wraps(task)
-    def assess(rng: np.random.Generator, *, solved: float = 0.0, **args: object) -> Problem:
+    def assess(rng: np.random.Generator, *, solved: float = 0.0, **args: Any) -> Problem:
         problem, other = task(rng, **args), task(rng, **args)
         if rng.random() < solved:
             return problem
