@@ -107,8 +107,8 @@ class RewardModelConfig(Section):
     token_env: str | None = None
     """Environment variable with the bearer token for `url`."""
     template: str | None = None
-    """Text to score, with `{prompt}` (of a chat the contents of its messages, a line each) and `{completion}`;
-    None is the chat template of the model's tokenizer, or, where it has none, the prompt followed by the
+    """Text to score, with `{prompt}` (of a chat the contents of its messages, each on a line) and
+    `{completion}`; None is the chat template of the model's tokenizer, or, where it has none, the prompt followed by the
     completion."""
     head: Literal["auto", "sequence", "token"] = "auto"
     """One score for the text, or one for every step of it (a process reward model); `auto` is what the
@@ -130,8 +130,8 @@ class RewardModelConfig(Section):
     batch_tokens: int = Field(default=16384, ge=1)
     """Tokens of one forward pass, padding included; texts of like length go together."""
     max_length: int | None = Field(default=None, ge=2)
-    """Tokens. Longer texts lose the beginning of their prompt, and are counted; a completion that is longer by
-    itself has no score. None is the model's own limit."""
+    """Tokens. Longer texts lose the beginning of their prompt, and are counted; a completion that is longer
+    by itself has no score. None is the model's own limit."""
     range: tuple[float, float] | None = None
     """Lowest and highest value it may give; anything outside is an error."""
     trust_remote_code: bool = False

@@ -26,6 +26,7 @@ from posttrain.rollout.types import (
 )
 from posttrain.training.advantages import Floats, decoupled_rewards, zero_variance
 from posttrain.training.prompts import PromptOrder
+from posttrain.training.tally import Tally
 
 SOLUTION = "solution"
 
@@ -224,6 +225,13 @@ class Collector:
                 f"reward {name!r} failed on {len(failed)} of {len(rollouts)} rollouts of step {step}; "
                 f"the first, for example {failed[0].request.example.id!r}: {why}"
             )
+
+    def score_follow_ups(self, rollouts: Sequence[Rollout], tally: Tally, step: int) -> None:
+        """Fill the rewards of rollouts that a method has asked for; what happens is added to the metrics."""
+        extra = Collected(RolloutBatch([]))
+        self.score(rollouts, extra, step)
+        for name, count in extra.counts.items():
+            tally.total(name, count)
 
     def signal(self, rollouts: Sequence[Rollout], step: int) -> Floats:
         """What advantages are made of, one number for each scored rollout.

@@ -242,7 +242,7 @@ class PolicyTrainer(Trainer):
                 derive_seed(self.seed, step, "method", name, self.accelerator.process_index)
             ),
             log=lambda key, value: tally.mean(f"{name}/{key}", value),
-            score=lambda rollouts: self.collector.score(rollouts, Collected(RolloutBatch([])), step),
+            score=lambda rollouts: self.collector.score_follow_ups(rollouts, tally, step),
             gather=lambda value: gather_object([value]),
         )
 

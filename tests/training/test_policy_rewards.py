@@ -1,10 +1,13 @@
 """What the policy trainer makes of several rewards, of known values and of errors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers import make_tiny_model
 from policy_training import EvenTokens, make_stage, make_trainer
 
+from posttrain.methods.base import Method
 from posttrain.recipe.schema import RewardOptions, RewardSpec
 from posttrain.rewards.combine import Combination
 from posttrain.rewards.scorer import Scorer
@@ -122,3 +125,37 @@ def test_metrics_count_errors_and_known_values(model_folder, tmp_path):
         len(record.collected.batch) for record in records[:3]
     ]
     assert [metrics["loss"] for metrics in again] == [metrics["loss"] for metrics in first]
+
+
+class FollowUps(Method):
+    """Samples every prompt once more and has that scored, for nothing but the score."""
+
+    name = "follow_ups"
+
+    def extend(self, batch, context):
+        requests = [group[0].request for group in batch.groups().values()]
+        again = context.generate([replace(r, sampling=replace(r.sampling, n=2, seed=7)) for r in requests])
+        context.score(again.rollouts)
+        self.failed = sum("parity" in rollout.reward_errors for rollout in again)
+        return batch
+
+
+def test_follow_ups_of_methods_are_in_the_counts(model_folder, tmp_path):
+    (tmp_path / "parity.py").write_text(REWARD)
+    spec = RewardSpec.model_validate({"name": "parity", "from": str(tmp_path / "parity.py")})
+    records, errors, failed, method = [], [], [], FollowUps(None)
+    with Scorer([spec], RewardOptions(workers=1)) as scorer:
+        make_trainer(
+            model_folder,
+            tmp_path,
+            scorer=scorer,
+            methods=[method],
+            on_error="drop",
+            on_rollouts=lambda record: (records.append(record), failed.append(method.failed)),
+            on_log=lambda step, steps, metrics: errors.append(
+                metrics.get("rewards/parity/errors/exception", 0)
+            ),
+        ).train()
+    dropped = [len(record.collected.dropped) for record in records]
+    assert sum(failed) > 0
+    assert errors == [one + other for one, other in zip(dropped, failed, strict=True)]
