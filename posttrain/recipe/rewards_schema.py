@@ -108,8 +108,8 @@ class RewardModelConfig(Section):
     """Environment variable with the bearer token for `url`."""
     template: str | None = None
     """Text to score, with `{prompt}` (of a chat the contents of its messages, each on a line) and
-    `{completion}`; None is the chat template of the model's tokenizer, or, where it has none, the prompt followed by the
-    completion."""
+    `{completion}`; None is the chat template of the model's tokenizer, or, where it has none, the prompt
+    followed by the completion."""
     head: Literal["auto", "sequence", "token"] = "auto"
     """One score for the text, or one for every step of it (a process reward model); `auto` is what the
     checkpoint's configuration says."""

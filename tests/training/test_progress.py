@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ class TwoSteps:
     Success depends on both actions. The answer forced at the prefix succeeds with a chance of its own.
     """
 
-    SUCCESS = {(0, 0): 0.1, (0, 1): 0.5, (1, 0): 0.3, (1, 1): 0.9}
+    SUCCESS: ClassVar = {(0, 0): 0.1, (0, 1): 0.5, (1, 0): 0.3, (1, 1): 0.9}
     FORCED = 0.4
 
     def __init__(self):
