@@ -85,7 +85,8 @@ class AnnotatePreferencesStage(PreferenceStage):
     name: str = "annotate_preferences"
     """Name of the stage in the run folder; different for every stage of a recipe."""
     members: int = Field(default=5, ge=1)
-    """Votes on every pair. The paper has 10; the gain beyond 5 is small beside the cost."""
+    """Votes on every pair; the paper has 10. Every member costs about as much as `folds` - 1 trainings on all
+    pairs."""
     folds: int = Field(default=2, ge=1)
     """A member splits the pairs at random into so many folds, trains a model on all but one of them for each,
     and each model votes on the fold it has not seen: a model that was trained on a wrong label votes for it.
