@@ -9,7 +9,7 @@ from pathlib import Path
 from posttrain.errors import RecipeError, Stopped
 from posttrain.recipe.check import require_runnable
 from posttrain.recipe.load import LoadedRecipe, dump_recipe
-from posttrain.recipe.run_state import FinishedStage, RunLock, RunState, make_folder
+from posttrain.recipe.run_state import FinishedStage, RunLock, RunState, check_folder, make_folder
 from posttrain.recipe.schema import Recipe, RewardSpec
 from posttrain.recipe.summary import closing_lines, summarise, versions
 from posttrain.report.html import write_report
@@ -108,6 +108,8 @@ def _distinct(recipe: Recipe) -> list[list[RewardSpec]]:
 
 
 def _begin(recipe: Recipe, run_dir: Path, overwrite: bool) -> Path:
+    start_processes()
+    on_first_rank(lambda: check_folder(run_dir, overwrite=overwrite))  # before rewards take seconds to load
     rewards = _load_rewards(recipe)
 
     def open_run(lock: RunLock) -> RunState:

@@ -104,11 +104,11 @@ class RunLock:
             self._file.close()
 
 
-def make_folder(run_dir: Path, lock: RunLock, *, overwrite: bool) -> None:
-    """An empty folder for a new run, with our lock in it.
+def check_folder(run_dir: Path, *, overwrite: bool) -> list[Path]:
+    """What is in the way of a new run in a folder, and may be removed.
 
     Raises:
-        RecipeError: it exists and `overwrite` is off, is not a run's folder, or is in use.
+        RecipeError: the folder exists and `overwrite` is off, or it is not a run's.
     """
     content = [path for path in run_dir.iterdir() if path.name != LOCK] if run_dir.exists() else []
     if content and not overwrite:
@@ -118,6 +118,16 @@ def make_folder(run_dir: Path, lock: RunLock, *, overwrite: bool) -> None:
         )
     if content and not (run_dir / "recipe.yaml").is_file():
         raise RecipeError(f"{run_dir} is not the folder of a run; it is not overwritten")
+    return content
+
+
+def make_folder(run_dir: Path, lock: RunLock, *, overwrite: bool) -> None:
+    """An empty folder for a new run, with our lock in it.
+
+    Raises:
+        RecipeError: it exists and `overwrite` is off, is not a run's folder, or is in use.
+    """
+    content = check_folder(run_dir, overwrite=overwrite)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
-import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
-
-import psutil
+from multiprocessing.connection import wait
 
 from posttrain.errors import PosttrainError, RewardError
+from posttrain.killable import KillableProcess
 from posttrain.rewards.calling import Outcome, Result, timeout_outcome
 from posttrain.rewards.registry import RewardSource
 from posttrain.rewards.worker import (
@@ -33,6 +27,7 @@ from posttrain.rewards.worker import (
     Ready,
     Reply,
     concurrency,
+    main,
 )
 
 ASYNC_GRACE = 0.5
@@ -40,14 +35,6 @@ ASYNC_GRACE = 0.5
 
 EXIT_SECONDS = 0.5
 MAX_KILLS_AT_LOADING = 3
-STALL_SECONDS = 30
-"""Time for which a message may be stuck half-way: a stray thread in a worker must not stop the trainer."""
-
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from posttrain.rewards.worker import main; main(*map(int, sys.argv[2:]))"
-)
-
 CHECK_SECONDS = 0.25
 """How often a caller's `check` is called at least."""
 
@@ -59,30 +46,11 @@ class _Worker:
     """One process and the job it has."""
 
     def __init__(self, sources: Sequence[RewardSource], memory_limit: int):
-        ours, theirs = socket.socketpair()
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALL_SECONDS, 0))
-        with theirs, tempfile.TemporaryFile() as memory:
+        with tempfile.TemporaryFile() as memory:
             memory.truncate(PROGRESS_BYTES)
             self._progress = mmap.mmap(memory.fileno(), PROGRESS_BYTES)
-            descriptors = [theirs.fileno(), memory.fileno()]
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    _BOOT,
-                    json.dumps([*map(str, sys.path), str(Path.cwd())]),
-                    *map(str, [*descriptors, memory_limit]),
-                ],
-                pass_fds=descriptors,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is the trainer's; and the whole group can be killed
-                # One thread each: the pool is the parallelism. Equal hashes: sets iterate in equal order.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
-            )
-        self.connection = Connection(ours.detach())
+            self._killable = KillableProcess(main, [memory.fileno()], memory_limit)
+        self.process, self.connection = self._killable.process, self._killable.connection
         self.rewards: list[Loaded] = []
         self.job: Job | None = None
         self.pending: list[int] = []
@@ -138,16 +106,7 @@ class _Worker:
 
     def kill(self) -> int:
         """End the process and all it started; returns the exit code, that of its own end if it had one."""
-        started: list[psutil.Process] = []
-        with contextlib.suppress(psutil.Error):  # it is gone
-            started = psutil.Process(self.process.pid).children(recursive=True)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        for process in started:  # those with a session of their own are in no group of ours
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        self.connection.close()
-        return self.process.wait()
+        return self._killable.kill()
 
 
 class WorkerPool:

@@ -11,12 +11,10 @@ need. It is given a socket and a few bytes of shared memory:
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import faulthandler
 import math
 import mmap
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -25,6 +23,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from posttrain.errors import PosttrainError, RewardError
+from posttrain.killable import confine
 from posttrain.rewards.calling import BoundReward, Outcome, Result, Sample, describe, load_reward
 from posttrain.rewards.registry import RewardInfo, RewardSource
 
@@ -35,7 +34,6 @@ LOAD_SECONDS = 300.0
 PROGRESS_BYTES = 4
 FLUSH_SECONDS = 0.005
 """Results of fast rewards travel together for so long."""
-PR_SET_CHILD_SUBREAPER = 36
 NO_SOCKET = 75
 """Exit code when the socket is closed: by the parent, or by a reward some time ago."""
 ORPHAN_GRACE = 3.0
@@ -97,10 +95,7 @@ def main(socket: int, memory: int, memory_limit: int) -> None:
     """
     connection = Connection(socket)
     progress = mmap.mmap(memory, PROGRESS_BYTES)
-    if memory_limit:
-        # Of private writable memory: address space that is only reserved, as CUDA does, does not count.
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
-    _adopt_orphans()
+    confine(memory_limit)
     try:
         sources: list[RewardSource] = connection.recv()
         _expire_after(LOAD_SECONDS)
@@ -191,9 +186,3 @@ class _LastResort:
 def _expire_after(seconds: float) -> None:
     # Works without the interpreter lock, so also while a regular expression backtracks for ever.
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
-
-
-def _adopt_orphans() -> None:
-    """Stay the ancestor of every process that a reward starts, so that the parent finds and ends them all."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
-
-import psutil
+from multiprocessing.connection import wait
 
 from posttrain.errors import PosttrainError, RolloutError
+from posttrain.killable import KillableProcess
 from posttrain.recipe.tools_schema import ToolsConfig
 from posttrain.rollout.tools import Outcome
-from posttrain.rollout.tools_worker import Ready, Reply, Task
+from posttrain.rollout.tools_worker import Ready, Reply, Task, main
 
 LOAD_SECONDS = 120.0
 MAX_LOSSES_AT_LOADING = 3
-
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from posttrain.rollout.tools_worker import main; main(*map(int, sys.argv[2:]))"
-)
 
 
 class _Worker:
@@ -36,20 +23,9 @@ class _Worker:
 
     def __init__(self, config: ToolsConfig):
         self.timeout = config.timeout
-        ours, theirs = socket.socketpair()
-        with theirs:
-            path = json.dumps([*map(str, sys.path), str(Path.cwd())])
-            memory = int((config.memory_gib or 0) * 2**30)
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, path, str(theirs.fileno()), str(memory)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is the trainer's; and the whole group can be killed
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
-            )
-        self.connection = Connection(ours.detach())
+        memory = int((config.memory_gib or 0) * 2**30)
+        self._killable = KillableProcess(main, memory_limit=memory)
+        self.connection = self._killable.connection
         self.loading = True
         self.task: tuple[int, Task] | None = None
         self.deadline = time.monotonic() + LOAD_SECONDS
@@ -62,16 +38,7 @@ class _Worker:
 
     def kill(self) -> int:
         """End the process and all it started; returns the exit code."""
-        started: list[psutil.Process] = []
-        with contextlib.suppress(psutil.Error):  # it is gone
-            started = psutil.Process(self.process.pid).children(recursive=True)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        for process in started:  # those with a session of their own are in no group of ours
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        self.connection.close()
-        return self.process.wait()
+        return self._killable.kill()
 
 
 class ToolPool:

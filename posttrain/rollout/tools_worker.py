@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import resource
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from posttrain.errors import PosttrainError, RolloutError
+from posttrain.killable import confine
 from posttrain.recipe.tools_schema import ToolsConfig
 from posttrain.rollout.environment import Environment
 from posttrain.rollout.tools import (
@@ -69,8 +69,7 @@ def main(socket: int, memory_limit: int) -> None:
     `memory_limit` is in bytes; 0 is none.
     """
     connection = Connection(socket)
-    if memory_limit:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
+    confine(memory_limit)
     try:
         config: ToolsConfig = connection.recv()
         try:

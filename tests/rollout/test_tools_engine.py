@@ -84,7 +84,7 @@ def config(*names, **options):
     return ToolsConfig(use=[f"{USER}:{name}" for name in names], result=("<r>", "</r>"), **options)
 
 
-TOOLS = config("double", "wait", "end", timeout=0.5, max_turns=2, output_cap=16)
+TOOLS = config("double", "wait", "end", timeout=2, max_turns=2, output_cap=16)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_without_a_call_a_completion_is_as_it_was(pool):
         (call("double", number="[]"), "arguments", "Error: argument number"),
         (call("end", how='"raise"'), "exception", "Error: KeyError: 'raise'"),
         (call("end", how='"exit"'), "died", "Error: the tool ended its process (3)"),
-        (call("wait", seconds=30), "timeout", "Error: stopped after 0.5 s"),
+        (call("wait", seconds=30), "timeout", "Error: stopped after 2 s"),
     ],
 )
 def test_what_goes_wrong_is_shown_and_counted(pool, turn, error, shown):
@@ -198,12 +198,27 @@ def test_control_tokens_in_a_result_are_text():
     assert TOKENIZER.decode(ids) == "<r><|im_end|></r>"
 
 
-def test_first_turns_share_a_call_and_a_slow_tool_holds_nobody_up(pool):
-    slow, fast = call("wait", seconds=0.4), call("double", number=1)
-    script = Script({("a", 0): [slow, "a$"], ("a", 1): [fast, fast, "b$"], ("b", 0): ["c$"]})
-    answers = engine_on(script, pool).generate([request("a", n=2), request("b")])
+def test_first_turns_share_a_call_and_a_slow_tool_holds_nobody_up(tmp_path):
+    released = tmp_path / "released"
+
+    class Releasing(Script):
+        """Index 1 has had both of its calls answered when it lets the slow one come back."""
+
+        def say(self, request, index):
+            completion = super().say(request, index)
+            if completion.text == "b":
+                released.touch()
+            return completion
+
+    slow, fast = call("wait_for", file=f'"{released}"'), call("double", number=1)
+    script = Releasing({("a", 0): [slow, "a$"], ("a", 1): [fast, fast, "b$"], ("b", 0): ["c$"]})
+    options = config("double", "wait_for", timeout=60, max_turns=2)
+    pool = ToolPool(options)
+    try:
+        answers = engine_on(script, pool, options).generate([request("a", n=2), request("b")])
+    finally:
+        pool.close()
     assert script.calls[0] == [("a", 2), ("b", 1)]
-    # Index 1 has had both of its calls answered before the slow one came back.
     assert [len(completion.tool_calls) for row in answers for completion in row] == [1, 2, 0]
     assert [turn.text for turn in answers[0][0].turns] == [slow, "a"]
     assert len(script.calls) == 4

@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 
 def double(number: int) -> int:
@@ -21,6 +22,17 @@ def wait(seconds: float) -> str:
     """
     time.sleep(seconds)
     return f"waited {seconds:g}"
+
+
+def wait_for(file: str) -> str:
+    """Wait until there is a file.
+
+    Args:
+        file: Its path.
+    """
+    while not Path(file).exists():
+        time.sleep(0.01)
+    return "found"
 
 
 def end(how: str) -> str:
