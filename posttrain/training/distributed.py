@@ -17,8 +17,9 @@ from transformers.utils import strtobool
 
 from posttrain.errors import TrainingError
 
-TIMEOUT = timedelta(hours=1)
-"""How long a process waits for the others: one may be sampling far longer completions than they are."""
+TIMEOUT = timedelta(hours=2)
+"""How long a process waits for the others: one may be sampling far longer completions than they are, or be in
+a pause for a server that is away (`reward_options.max_outage`, an hour)."""
 
 
 def start_processes() -> tuple[int, int]:
