@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from rewards.scoring import FAULTY, make_rollouts, make_scorer
+from rewards.tiny_reward_model import make_reward_model
 
 from posttrain.errors import RecipeError, RewardError
 from posttrain.recipe.schema import RewardSpec
@@ -219,6 +220,24 @@ def test_from_an_entry_point(tmp_path, monkeypatch):
     assert known_rewards()["twofold"] == RewardInfo("twofold", "1.5", "some_package:twice")
     assert provenance(known_rewards()["twofold"]) == "entry point some_package:twice"
     assert score("twofold", "length") == [[2.0, 1.0], [4.0, 2.0]]
+
+
+def test_a_reward_model_from_an_entry_point(tmp_path, monkeypatch):
+    model = make_reward_model(tmp_path / "model")
+    (tmp_path / "models_package.py").write_text(
+        "from posttrain import register_reward_model\n"
+        f"register_reward_model('flavour', path={str(model)!r}, device='cpu', batch_tokens=64)\n"
+    )
+    metadata = tmp_path / "models_package-2.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: models-package\nVersion: 2.0\n")
+    (metadata / "entry_points.txt").write_text("[posttrain.rewards]\nflavour = models_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with make_scorer("flavour", workers=1) as scorer:  # no sample, so no server
+        info = scorer.infos["flavour"]
+    assert (info.kind, info.model["path"], info.model["batch_tokens"]) == ("reward model", str(model), 64)
+    assert info.version.startswith("local")
+    assert len(info.sha256) == 64
 
 
 def test_registered_in_an_importable_module(tmp_path, monkeypatch):
