@@ -82,9 +82,22 @@ def measure(seeds: Sequence[int], fast: bool) -> dict[str, Any]:
                 gains,
                 sum(gains) / len(gains) >= 0.04,
                 interval=paired_interval(annotated, raw) if len(seeds) > 1 else None,
+                why=_votes_miss(votes),
             )
         ],
     }
+
+
+def _votes_miss(votes: Sequence[dict[str, Any]]) -> str:
+    """What dropping by these votes leaves and takes away, over all seeds."""
+    pairs, dropped, flipped = (
+        sum(found[name] for found in votes) for name in ("pairs", "suspect", "flipped")
+    )
+    hits = sum(found["recall"] * found["flipped"] for found in votes)
+    return (
+        f"of the pairs that are left {(flipped - hits) / (pairs - dropped):.1%} have the wrong label, "
+        f"and {(dropped - hits) / (pairs - flipped):.1%} of the right ones are dropped"
+    )
 
 
 def _held_out(folders: Sequence[Path], stage: str, name: str = "accuracy") -> list[float]:
