@@ -1,7 +1,7 @@
 """Held-out accuracy of reward models from noisy pairs, as they are and after votes; GRPO against one.
 
-Both arms take as many steps. How far training has gone matters with noisy labels, so the raw pairs are trained on
-for `SHORT` steps as well.
+Both arms take as many steps. How far training has gone matters with noisy labels, so the raw pairs are
+trained on for `SHORT` steps as well.
 """
 
 from __future__ import annotations
