@@ -28,6 +28,7 @@ FAST = (
     "stages[3].sft.max_steps=1",
     "stages[5].policy.steps=1",
     "data.eval.size=8",
+    "reward_options.workers=1",
 )
 
 
