@@ -7,6 +7,7 @@ A command's module has `add_arguments(parser)`, `run(args)`, and a docstring tha
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import re
@@ -79,7 +80,11 @@ def _dispatch(argv: list[str]) -> int:
         what = "option" if name.startswith("-") else "command"
         hint = did_you_mean(name, [*COMMANDS, "--help", "--version"])
         raise RecipeError(f"posttrain: there is no {what} {name!r}.{hint} See posttrain --help.")
-    command = importlib.import_module(f"posttrain.cli.{name}")
+    gc.disable()  # nothing that is imported is garbage, and looking for some takes a twentieth of `plan`
+    try:
+        command = importlib.import_module(f"posttrain.cli.{name}")
+    finally:
+        gc.enable()
     parser = Parser(
         prog=f"posttrain {name}",
         description=command.__doc__,

@@ -282,11 +282,11 @@ def _reward_list(
 
 
 def _tools(recipe: Recipe) -> Iterator[Finding]:
-    from posttrain.rollout.tools_builtin import BUILTIN
-
     tools = recipe.tools
     if tools is None:
         return
+    from posttrain.rollout.tools_builtin import BUILTIN
+
     named = [(f"tools.use[{index}].name", spec.name) for index, spec in enumerate(tools.use)]
     if tools.environment is not None:
         named.append(("tools.environment", tools.environment))

@@ -24,9 +24,13 @@ TaskName = Literal[
 
 
 class Section(BaseModel):
-    """Base of every part of a recipe: unknown keys are refused, values do not change after loading."""
+    """Base of every part of a recipe: unknown keys are refused, values do not change after loading.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    Only the recipe's validator is built, which has those of its parts; so a default that is a section is made
+    by `model_construct`, which needs none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, defer_build=True)
 
 
 class Columns(Section):
@@ -65,7 +69,7 @@ class DataSource(Section):
     """Rows a procedural source makes; required there."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of a procedural source."""
-    columns: Columns = Columns()
+    columns: Columns = Columns.model_construct()
     """Which column holds what."""
     format: Literal["auto", "chat", "text"] = "auto"
     """`chat` renders prompts with the chat template, `text` takes them as they are; `auto` is `chat` when

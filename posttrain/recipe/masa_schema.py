@@ -81,9 +81,9 @@ class MasaConfig(Section):
     """Self-predictions of one problem (M); 8 in version 2, 16 in version 1."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Cap on a self-prediction; None is that of a solution, as in the released code."""
-    question: MetaFormat = MetaFormat()
-    reward: AlignmentConfig = AlignmentConfig()
-    correct: CorrectConfig = CorrectConfig()
+    question: MetaFormat = MetaFormat.model_construct()
+    reward: AlignmentConfig = AlignmentConfig.model_construct()
+    correct: CorrectConfig = CorrectConfig.model_construct()
     """What counts as a correct solution; one that was cut never does."""
     efficient: EfficientConfig | None = None
     """None stays in the parallel phase."""

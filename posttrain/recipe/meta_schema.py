@@ -73,5 +73,5 @@ class MetaEvaluation(Section):
     """Self-predictions of one problem; the solutions are the stage's `samples`, which should be 8 or more."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Cap on a self-prediction; None is that of a solution."""
-    question: MetaFormat = MetaFormat()
-    reward: AlignmentConfig = AlignmentConfig()
+    question: MetaFormat = MetaFormat.model_construct()
+    reward: AlignmentConfig = AlignmentConfig.model_construct()

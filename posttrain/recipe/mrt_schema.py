@@ -43,7 +43,7 @@ class EpisodeConfig(Section):
 class ProbeConfig(Section):
     """Forced answers: the policy is made to stop thinking at the end of an episode and to answer."""
 
-    episodes: EpisodeConfig = EpisodeConfig()
+    episodes: EpisodeConfig = EpisodeConfig.model_construct()
     """How traces are cut."""
     branches: int = Field(default=4, ge=1)
     """Forced answers at one cut. 4 as in MRT-online; the estimate then has a variance of at most 1/16."""
@@ -60,7 +60,7 @@ class ProbeConfig(Section):
 class ThinkingConfig(Section):
     """What the metrics `regret`, `budget_curve` and `episode_votes` of an evaluation are measured with."""
 
-    probes: ProbeConfig = ProbeConfig(branches=8, max_tokens=4096)
+    probes: ProbeConfig = ProbeConfig.model_construct(branches=8, max_tokens=4096)
     """Forced answers; 8 of at most 4,096 tokens, as in the paper's analysis."""
     budgets: list[int] = Field(default=[4096, 8192, 12288, 16384], min_length=1)
     """Tokens, thinking and answer together, at which `regret` and `budget_curve` are reported."""
@@ -85,5 +85,5 @@ class StarStage(Section):
     """With `best_prefix`, keep answers without any thinking where they are always right."""
     limit: int | None = Field(default=None, ge=1)
     """Rows that are written at most; for comparisons at an equal number of demonstrations."""
-    probes: ProbeConfig = ProbeConfig()
+    probes: ProbeConfig = ProbeConfig.model_construct()
     """How traces are cut and forced answers are asked for."""

