@@ -52,6 +52,13 @@ def own_children():
     return psutil.Process().children(recursive=True)
 
 
+def command_line(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     before = own_children()
@@ -393,10 +400,17 @@ time.sleep(1000)
 def test_a_sandbox_that_is_killed_is_an_error(sandbox):
     killed = []
 
+    def program():
+        return next((child for child in own_children() if command_line(child)[-1:] == ["running"]), None)
+
     def kill():
-        wait_until(lambda: any(child.cmdline()[-1:] == ["running"] for child in own_children()))
-        killed.extend(own_children())
-        psutil.Process().children()[0].kill()
+        wait_until(lambda: program() is not None)
+        found = program()
+        # Earlier tests may have left this process other children, so go up from the program.
+        ancestors = found.parents()
+        launcher = ancestors[ancestors.index(psutil.Process()) - 1]
+        killed.extend([launcher, *launcher.children(recursive=True)])
+        launcher.kill()
 
     killer = threading.Thread(target=kill)
     killer.start()
