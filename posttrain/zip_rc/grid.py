@@ -141,9 +141,7 @@ class Grid:
             edges = tuple(int(edge) for edge in config["length_edges"])
             return cls(int(config["first_id"]), values, edges)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{CONFIG_KEY} in the model's config.json is no grid: {config!r}"
-            ) from error
+            raise DataError(f"{CONFIG_KEY} in the model's config.json is no grid: {config!r}") from error
 
 
 def grid_of(config: Any) -> Grid | None:

@@ -44,7 +44,7 @@ def test_bins():
 
 
 def test_every_position_of_a_rollout_is_labelled():
-    """Prompt of 5 and completion of 4 tokens: positions 4 to 7 have 3, 2, 1 and 0 tokens after the next one."""
+    """A completion of 4 tokens: its positions have 3, 2, 1 and 0 tokens after the next one."""
     grid = Grid(0, OUTCOMES, (0, 1, 2, 3, 4))
     assert (labels(grid, 1.0, 4) - 4).tolist() == [3, 2, 1, 0]
     assert labels(grid, 0.0, 4).tolist() == [3, 2, 1, 0]
@@ -73,10 +73,9 @@ def test_joint_does_not_depend_on_the_normaliser():
     joint = SMALL.joint(logits[:, 100:])
     assert np.allclose(joint, SMALL.joint(full[:, 100:]), atol=1e-12)
     assert np.allclose(joint, SMALL.joint(logits[:, 100:] - 1000.0), atol=1e-12)
-    assert joint.shape == (4, 2, 3) and np.allclose(joint.sum((-1, -2)), 1)
-    assert joint[1, 1, 2] > 0 and joint[1, 1, 2] == pytest.approx(
-        np.exp(logits[1, 105]) / np.exp(logits[1, 100:]).sum()
-    )
+    assert joint.shape == (4, 2, 3)
+    assert np.allclose(joint.sum((-1, -2)), 1)
+    assert joint[1, 1, 2] == pytest.approx(np.exp(logits[1, 105]) / np.exp(logits[1, 100:]).sum())
 
 
 def test_grid_is_kept_in_a_model_s_configuration(tmp_path):
@@ -96,7 +95,8 @@ def test_edges_at_quantiles():
     grid = Grid(0, OUTCOMES, quantile_edges(lengths, bins=8))
     remaining = np.concatenate([np.arange(length) for length in lengths])
     shares = np.bincount(grid.length_bin(remaining)) / len(remaining)
-    assert len(shares) == 8 and shares.min() > 0.08 and shares.max() < 0.17
+    assert len(shares) == 8
+    assert 0.08 < shares.min() <= shares.max() < 0.17
 
 
 @pytest.mark.parametrize(
