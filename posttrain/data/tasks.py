@@ -13,6 +13,7 @@ import numpy as np
 
 from posttrain.data.assessments import assessing
 from posttrain.data.calculator import calculator
+from posttrain.data.error_analysis import error_analysis, error_replay
 from posttrain.data.problem import Problem
 from posttrain.data.search import search
 from posttrain.errors import DataError
@@ -116,6 +117,8 @@ TASKS: dict[str, Callable[..., Problem]] = {
     "addition": addition,
     "calculator": calculator,
     "search": search,
+    "error_analysis": error_analysis,
+    "error_replay": error_replay,
 }
 BASIC = (arithmetic, largest, counting, reversing, addition)
 TASKS |= {f"meta_{task.__name__}": assessing(task) for task in BASIC}
