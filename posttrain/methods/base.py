@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from posttrain.errors import RecipeError
 from posttrain.rollout.engine import RolloutEngine
-from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, make_rollouts
+from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, Sampling, make_rollouts
 
 ENTRY_POINTS = "posttrain.methods"
 
@@ -52,21 +52,57 @@ class Channel:
 class LossTerm:
     """One supervised term of the loss: weighted negative log-likelihood, divided by its own token count.
 
-    `rows` are (prompt ids, completion ids) pairs; the loss is on the completions.
+    `rows` are (prompt ids, completion ids) pairs; the loss is on the completions. `row_weights` are the
+    weights of each row's tokens (none: all 1), and `total` is what this rank adds to the denominator in place
+    of its tokens: with weights 1 / tokens and the number of rows it is the mean of the rows' means.
     """
 
     name: str
     rows: Sequence[tuple[Sequence[int], Sequence[int]]]
     weight: float = 1.0
+    row_weights: Sequence[float] = ()
+    total: float | None = None
+
+
+CHANNELS = "channels"
+"""In a comparison: the part of the loss that is all policy-gradient channels, whatever they are called."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A policy gradient to compare the gradients of this step's loss with: measured, never followed.
+
+    It is the gradient of the mean, over all ranks' rollouts in `advantages` (by rollout id), of advantage ·
+    log-probability of the completion. The loss has the parts `CHANNELS` and one for each supervised term, by
+    its name, each with the weights it is trained with. `combination` gives coefficients of parts whose sum
+    has its norm taken, too; parts that it leaves out are not looked at.
+    """
+
+    advantages: Mapping[str, float]
+    combination: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What came of a comparison. `products` are the inner products of its gradient with that of each part."""
+
+    norm: float
+    """Of the comparison's gradient."""
+    products: Mapping[str, float]
+    combined_norm: float
+    """Of the combination of the parts' gradients."""
+    learning_rate: float
+    """Of the optimiser in this step."""
 
 
 @dataclass
 class StepContext:
     """What the hooks may use.
 
-    `rng` is derived from (run seed, step, method), `log` adds a value to the step's metrics (averaged when
-    called several times), `model` is the unwrapped policy, `score` fills the rewards of rollouts in place.
-    `gather` gives the values of all ranks in rank order: a collective, so every rank must call it.
+    `rng` is derived from (run seed, step, method, rank), `log` adds a value to the step's metrics (averaged
+    when called several times), `model` is the unwrapped policy, `score` fills the rewards of rollouts in place.
+    `gather` gives the values of all ranks in rank order: a collective, so every rank must call it. `sampling`
+    is how the stage's own completions are sampled, `seed` the run's; `rank` is this process' of `world`.
     """
 
     step: int
@@ -77,6 +113,10 @@ class StepContext:
     log: Callable[[str, float], None]
     score: Callable[[Sequence[Rollout]], None]
     gather: Callable[[Any], list[Any]] = lambda value: [value]
+    sampling: Sampling = Sampling(max_tokens=1024)
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
 
     def generate(self, requests: Sequence[RolloutRequest]) -> RolloutBatch:
         """Sample follow-up rollouts with the current weights."""
@@ -116,9 +156,20 @@ class Method:
         """Advantages this method adds. A channel named like an earlier one ("outcome") replaces it."""
         return []
 
+    def weigh(self, channels: list[Channel], context: StepContext) -> list[Channel]:
+        """Change the weights of all channels, once every method has added its own."""
+        return channels
+
     def auxiliary(self, context: StepContext) -> list[LossTerm]:
         """Supervised terms of this step's loss."""
         return []
+
+    def compare(self, batch: RolloutBatch, context: StepContext) -> Comparison | None:
+        """A gradient to compare those of this step with; None on all ranks or on none."""
+        return None
+
+    def compared(self, result: Compared, context: StepContext) -> None:
+        """What came of `compare`, the same on all ranks; before the optimiser steps."""
 
     def after_update(self, context: StepContext) -> None:
         """Called when the optimiser has stepped."""

@@ -115,13 +115,14 @@ def rollout_row(rollout: Rollout, channels: Iterable[Channel]) -> TrainRow | Non
 
 def supervised_rows(term: LossTerm) -> list[TrainRow]:
     """The rows of a supervised term."""
+    weights = term.row_weights or [1.0] * len(term.rows)
     return [
         TrainRow(
             token_ids=(*prompt, *completion),
             positions=np.arange(len(prompt), len(prompt) + len(completion)),
-            nll_weights={term.name: np.ones(len(completion))},
+            nll_weights={term.name: np.full(len(completion), weight)},
         )
-        for prompt, completion in term.rows
+        for (prompt, completion), weight in zip(term.rows, weights, strict=True)
         if len(completion) > 0
     ]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from posttrain.methods.base import Channel
+from posttrain.methods.base import Channel, LossTerm
 from posttrain.recipe.schema import LossConfig
 from posttrain.training.batch import MicroBatch, TrainRow
 from posttrain.training.buffer import UpdateBatch
@@ -16,16 +16,23 @@ from posttrain.training.losses import Stats, nll_loss, policy_loss
 
 
 def member_counts(
-    rows: Sequence[TrainRow], channels: Sequence[Channel], terms: Sequence[str]
-) -> dict[str, tuple[int, int]]:
-    """Sequences and trained tokens that belong to every channel's pool and supervised term, by name."""
+    rows: Sequence[TrainRow], channels: Sequence[Channel], terms: Sequence[LossTerm]
+) -> dict[str, tuple[int, float]]:
+    """Sequences and trained tokens that belong to every channel's pool and supervised term, by name.
+
+    A term that has a `total` has that in place of its tokens.
+    """
     members = {}
     for channel in channels:
         pool = channel.pool or channel.name
         names = {other.name for other in channels if (other.pool or other.name) == pool}
         members[channel.name] = [row for row in rows if names & row.advantages.keys()]
-    members |= {name: [row for row in rows if name in row.nll_weights] for name in terms}
-    return {name: (len(own), sum(len(row.positions) for row in own)) for name, own in members.items()}
+    members |= {term.name: [row for row in rows if term.name in row.nll_weights] for term in terms}
+    totals = {term.name: term.total for term in terms if term.total is not None}
+    return {
+        name: (len(own), totals.get(name, sum(len(row.positions) for row in own)))
+        for name, own in members.items()
+    }
 
 
 def objective(

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType, gather_object
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from posttrain.errors import TrainingError
 from posttrain.methods.base import Channel, LossTerm, Method, StepContext
 from posttrain.recipe.schema import PolicyStage, RolloutConfig
 from posttrain.rollout.engine import RolloutEngine
-from posttrain.rollout.types import Rollout, RolloutBatch, derive_seed
-from posttrain.training.advantages import BatchStats, batch_moments, compute_advantages, default_scale
+from posttrain.rollout.types import RolloutBatch, derive_seed
+from posttrain.training.advantages import Floats
+from posttrain.training.around import AroundUpdate
 from posttrain.training.batch import MicroBatch, Packing, TrainRow, empty_row, rollout_row, supervised_rows
 from posttrain.training.buffer import PendingBatch, State, Tensors, UpdateBatch
 from posttrain.training.collect import SOLUTION, Collected, Collector
@@ -39,7 +40,16 @@ from posttrain.training.forward import (
     prepare_model,
     verify_packing,
 )
-from posttrain.training.health import WeightsWatch, check_sync, finite_gradients, rollout_metrics
+from posttrain.training.gradients import GradientComparison, asked, by_part
+from posttrain.training.health import (
+    METRIC_NAMES,
+    MISMATCH,
+    WeightsWatch,
+    check_sync,
+    finite_gradients,
+    refuse_bad_loss,
+    rollout_metrics,
+)
 from posttrain.training.losses import Denominators, Stats, mean_stats, merge_stats
 from posttrain.training.objective import member_counts, objective
 from posttrain.training.tally import Tally
@@ -85,7 +95,7 @@ class PolicyTrainer(Trainer):
         Batches whose loss or gradient is not finite are kept in the folder `bad_batches`.
         """
         super().__init__(
-            model=model, args=arguments, processing_class=tokenizer, callbacks=[_AroundUpdate(self)]
+            model=model, args=arguments, processing_class=tokenizer, callbacks=[AroundUpdate(self)]
         )
         self.remove_callback(PrinterCallback)
         check_backend(self.accelerator)
@@ -107,6 +117,7 @@ class PolicyTrainer(Trainer):
         self.totals = Tally()
         self._batch: UpdateBatch | None = None
         self._pending: PendingBatch | None = None
+        self._comparison: GradientComparison | None = None
         self._sampler = ThreadPoolExecutor(1, "posttrain-sampler") if stage.overlap else None
         self._metrics: dict[str, float] = {}
         self._synced_at = 0
@@ -170,6 +181,7 @@ class PolicyTrainer(Trainer):
 
         channels = self._channels(collected.batch, contexts)
         terms = [t for m, context in zip(self.methods, contexts, strict=False) for t in m.auxiliary(context)]
+        self._comparison = asked(self.methods, collected.batch, contexts, self.policy)
         if self.stage.mask_truncated:
             collected.drop([r for r in collected.batch if r.truncated], lambda _: "truncated")
         rows = [row for rollout in collected.batch if (row := rollout_row(rollout, channels)) is not None]
@@ -178,7 +190,7 @@ class PolicyTrainer(Trainer):
             step=step,
             version=pending.version,
             stale=stale,
-            micro_batches=self._micro_batches(rows),
+            micro_batches=self._cut(rows, [term.name for term in terms], self._comparison),
             channels={channel.name: channel.weight for channel in channels},
             terms={term.name: term.weight for term in terms},
             denominators=self._denominators(rows, channels, terms),
@@ -244,27 +256,28 @@ class PolicyTrainer(Trainer):
             log=lambda key, value: tally.mean(f"{name}/{key}", value),
             score=lambda rollouts: self.collector.score_follow_ups(rollouts, tally, step),
             gather=lambda value: gather_object([value]),
+            sampling=self.collector.sampling,
+            seed=self.seed,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
         )
 
     def _channels(self, batch: RolloutBatch, contexts: Sequence[StepContext]) -> list[Channel]:
         """The outcome channel, then what the methods add; a later channel replaces one of the same name."""
-        channels = {OUTCOME: self._outcome(batch.with_role(SOLUTION).rollouts, contexts[0].step)}
+        solutions = batch.with_role(SOLUTION).rollouts
+        advantages = self.collector.advantages(solutions, contexts[0].step, self._summed)
+        channels = {OUTCOME: Channel(OUTCOME, advantages)}
         for method, context in zip(self.methods, contexts, strict=False):
             channels |= {channel.name: channel for channel in method.channels(batch, context)}
-        return list(channels.values())
+        weighed = list(channels.values())
+        for method, context in zip(self.methods, contexts, strict=False):
+            weighed = method.weigh(weighed, context)
+        return weighed
 
-    def _outcome(self, rollouts: list[Rollout], step: int) -> Channel:
-        kind, scale = self.stage.loss.kind, self.stage.loss.scale
-        if self.collector.rewards.combine == "normalize_then_sum":
-            kind, scale = "reinforce_pp", "batch"  # what is left of GDPO once each reward is normalised
-        rewards = self.collector.signal(rollouts, step)
-        groups = [rollout.request.group for rollout in rollouts]
-        stats = None
-        if (scale or default_scale(kind)) == "batch":
-            moments = torch.tensor(batch_moments(kind, rewards, groups), device=self.accelerator.device)
-            stats = BatchStats.from_moments(self.accelerator.reduce(moments, "sum").cpu().numpy())
-        advantages = compute_advantages(kind, scale, rewards, groups, stats)
-        return Channel(OUTCOME, {r.id: float(value) for r, value in zip(rollouts, advantages, strict=True)})
+    def _summed(self, values: Floats) -> Floats:
+        """Values of this rank, summed over all ranks."""
+        local = torch.tensor(values, device=self.accelerator.device)
+        return np.asarray(self.accelerator.reduce(local, "sum").cpu())
 
     # --- update ----------------------------------------------------------------------------------------
 
@@ -272,7 +285,7 @@ class PolicyTrainer(Trainer):
         self, rows: Sequence[TrainRow], channels: Sequence[Channel], terms: Sequence[LossTerm]
     ) -> dict[str, Denominators]:
         """Sequences and tokens of every channel and term, over all ranks."""
-        counts = member_counts(rows, channels, [term.name for term in terms])
+        counts = member_counts(rows, channels, terms)
         local = torch.tensor([*counts.values()], dtype=torch.float64, device=self.accelerator.device)
         total = self.accelerator.reduce(local, "sum").tolist()
         return {
@@ -287,6 +300,17 @@ class PolicyTrainer(Trainer):
         count = torch.tensor([len(micro_batches)], device=self.accelerator.device)
         most = max(int(self.accelerator.gather(count).max()), 1)
         return micro_batches + [[empty_row()]] * (most - len(micro_batches))
+
+    def _cut(
+        self, rows: Sequence[TrainRow], terms: Sequence[str], comparison: GradientComparison | None
+    ) -> list[list[TrainRow]]:
+        """The micro-batches of an update; those of a step with a comparison are each of one part of the loss."""
+        if comparison is None:
+            return self._micro_batches(rows)
+        comparison.micro_batches = self._micro_batches(comparison.rows)
+        parts = {part: self._micro_batches(own) for part, own in by_part(rows, terms).items()}
+        comparison.parts = [part for part, micro_batches in parts.items() for _ in micro_batches]
+        return [rows for micro_batches in parts.values() for rows in micro_batches]
 
     def _collate(self, rows: Sequence[TrainRow]) -> MicroBatch:
         assert self.packing is not None
@@ -326,33 +350,64 @@ class PolicyTrainer(Trainer):
 
     def _update(self, model: Any, batch: UpdateBatch, *, first: bool) -> torch.Tensor:
         """Forward and backward of every micro-batch. The mean over ranks of what it returns is the loss."""
-        accelerator = self.accelerator
-        deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        total = torch.zeros((), device=accelerator.device)
+        total = torch.zeros((), device=self.accelerator.device)
         parts: list[Stats] = []
-        for index, rows in enumerate(batch.micro_batches):
-            last = index == len(batch.micro_batches) - 1
-            # DeepSpeed takes its accumulation boundary from sync_gradients and refuses no_sync.
-            accelerator.sync_gradients = last
-            with nullcontext() if last or deepspeed else accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    micro = self._collate(rows)
-                    loss, stats = objective(
-                        batch,
-                        micro,
-                        *self._logprobs(model, micro),
-                        loss=self.stage.loss,
-                        several_updates=self.stage.updates_per_batch > 1,
-                    )
-                # Gradients are averaged over ranks; the loss is a sum over them.
-                loss = loss * accelerator.num_processes
-                if last and deepspeed:
-                    self._refuse_bad_loss(total + loss.detach())
-                accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
-            total += loss.detach()
-            parts += [stats] if stats else []
+        comparison, self._comparison = self._comparison, None
+        with comparison.watching(self.policy) if comparison else nullcontext():
+            if comparison:
+                self._compare(model, comparison)
+            for index, rows in enumerate(batch.micro_batches):
+                if comparison:
+                    comparison.step_into(index)
+                with self._micro_step(model, last=index == len(batch.micro_batches) - 1):
+                    loss, stats = self._loss(model, batch, rows)
+                    total += loss.detach()
+                    if self._deepspeed and self.accelerator.sync_gradients:
+                        refuse_bad_loss(self.accelerator, total, self.state.global_step + 1)
+                    self._backward(loss)
+                parts += [stats] if stats else []
+        if comparison:
+            comparison.tell(self.accelerator, self.lr_scheduler.get_last_lr()[0])
         self._record(merge_stats(parts), batch, first=first)
         return total
+
+    def _compare(self, model: Any, comparison: GradientComparison) -> None:
+        """Have a comparison see its own gradient; nothing of it is left behind."""
+        for rows in comparison.micro_batches:
+            with self._micro_step(model, last=False):
+                with self.compute_loss_context_manager():
+                    micro = self._collate(rows)
+                    surrogate = comparison.surrogate(micro, self._logprobs(model, micro)[0], self.accelerator)
+                self._backward(surrogate)
+        comparison.begin(self.accelerator)
+
+    @property
+    def _deepspeed(self) -> bool:
+        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+    @contextmanager
+    def _micro_step(self, model: Any, *, last: bool) -> Iterator[None]:
+        """Around a forward and backward pass: ranks put their gradients together in the last."""
+        # DeepSpeed takes its accumulation boundary from sync_gradients and refuses no_sync.
+        self.accelerator.sync_gradients = last
+        with nullcontext() if last or self._deepspeed else self.accelerator.no_sync(model):
+            yield
+
+    def _loss(self, model: Any, batch: UpdateBatch, rows: Sequence[TrainRow]) -> tuple[torch.Tensor, Stats]:
+        """The loss of a micro-batch. Gradients are averaged over ranks; the loss is a sum over them."""
+        with self.compute_loss_context_manager():
+            micro = self._collate(rows)
+            loss, stats = objective(
+                batch,
+                micro,
+                *self._logprobs(model, micro),
+                loss=self.stage.loss,
+                several_updates=self.stage.updates_per_batch > 1,
+            )
+        return loss * self.accelerator.num_processes, stats
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self._deepspeed else {}))
 
     def _record(self, stats: Stats, batch: UpdateBatch, *, first: bool) -> None:
         """Metrics of the update, and the check that the engine had the policy's weights."""
@@ -364,19 +419,6 @@ class PolicyTrainer(Trainer):
         if first and not batch.stale and batch.version <= self.stage.verify_syncs:
             step = self.state.global_step + 1
             check_sync(values.get("mismatch", 0.0), self.verify_tolerance, step, batch.version)
-
-    def _refuse_bad_loss(self, loss: torch.Tensor) -> None:
-        """DeepSpeed steps inside its last backward pass, so a bad update can be refused, not skipped.
-
-        Raises:
-            TrainingError: the loss is not finite on some rank.
-        """
-        finite = torch.isfinite(loss).to(loss.dtype)
-        if self.accelerator.reduce(finite, "sum") < self.accelerator.num_processes:
-            raise TrainingError(
-                f"the loss of step {self.state.global_step + 1} is not finite ({float(loss)} on this rank): "
-                "the weights were not updated, and with DeepSpeed such a step cannot be skipped"
-            )
 
     def before_optimizer_step(self) -> None:
         """Take the gradients away from an optimiser that must not step, and keep what they came from."""
@@ -469,31 +511,3 @@ class PolicyTrainer(Trainer):
         """Wait for a batch that is being sampled; nothing is sampled afterwards."""
         if self._sampler is not None:
             self._sampler.shutdown(wait=True, cancel_futures=True)
-
-
-MISMATCH = "sampling/logprob_difference"
-METRIC_NAMES = {
-    "entropy": "entropy",
-    "kl": "kl",
-    "ratio": "ratio/mean",
-    "clipped_low": "ratio/clipped_low",
-    "clipped_high": "ratio/clipped_high",
-    "importance": "sampling/importance_ratio",
-    "mismatch": MISMATCH,
-}
-
-
-class _AroundUpdate(TrainerCallback):
-    """Calls back before the first step, and right before and after the optimiser steps."""
-
-    def __init__(self, trainer: PolicyTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.watch.begin(self.trainer.policy)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.before_optimizer_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.after_update()
