@@ -57,6 +57,7 @@ def plain_logprobs(policy: Any, request: RolloutRequest, completion: Completion)
     ids = torch.tensor([request.prompt_ids + completion.token_ids], device=policy.device)
     with torch.no_grad():
         logits = policy(ids).logits[0, len(request.prompt_ids) - 1 : -1].float()
+    logits[:, list(request.sampling.banned_ids)] = -torch.inf
     return (logits / (request.sampling.temperature or 1.0)).log_softmax(-1)
 
 
@@ -275,6 +276,33 @@ class EngineContract:
         many = engine.generate([*MIXED, request(n=6, seed=5), request("2*2", 30, n=5)])[len(MIXED)]
         assert tokens_of(few)[0] == tokens_of([many])[0][:2]
 
+    def test_tokens_are_banned_and_read_in_the_same_pass(
+        self, engine: RolloutEngine, policy: PreTrainedModel
+    ) -> None:
+        """Scores are those of a separate forward pass; what is banned, or sampled at which temperature, does
+        not matter to them. Requests without scores, or with other ones, are in the same batch.
+        """
+        reserved = tuple(range(180, 236))
+        asked = [
+            request("1+2=", 12, n=2, seed=1, banned_ids=reserved, scored_ids=reserved),
+            request("17*3", 12, seed=2, temperature=0.7, banned_ids=reserved, scored_ids=(*reserved[:5], 40)),
+            request("9", 12, seed=3, temperature=0, scored_ids=(7, 200)),
+            request("(1+2)", 12, seed=4, banned_ids=(7, 8)),
+        ]
+        answers = engine.generate(asked)
+        assert_sampled_from(policy, asked, answers)
+        assert answers[3][0].scored is None
+        for request_, completions in zip(asked[:3], answers, strict=False):
+            ids = list(request_.sampling.scored_ids)
+            unbanned = replace(request_, sampling=Sampling(12))
+            for completion in completions:
+                assert not set(completion.token_ids) & set(request_.sampling.banned_ids)
+                expected = plain_logprobs(policy, unbanned, completion)[:, ids].log_softmax(-1)
+                assert completion.scored is not None
+                torch.testing.assert_close(
+                    torch.from_numpy(completion.scored), expected, atol=TOLERANCE, rtol=0
+                )
+
     def test_truncated_sampling_renormalises(self, engine: RolloutEngine, policy: PreTrainedModel) -> None:
         requests = [
             request("1+2=", 20, n=4, top_k=5, seed=1),
@@ -349,6 +377,7 @@ class EngineContract:
             (request(""), "example 'nothing' is empty"),
             (request("1" * MAX_MODEL_LEN), f"has {MAX_MODEL_LEN} tokens"),
             (request("1", max_tokens=0), "max_tokens=0"),
+            (request("1", scored_ids=(4, VOCAB_SIZE)), f"scores token id {VOCAB_SIZE}"),
         ],
     )
     def test_impossible_requests(self, engine: RolloutEngine, bad: RolloutRequest, message: str) -> None:

@@ -23,7 +23,7 @@ def searches(tokenizer, count):
     rollouts = []
     for example in make_task("search", size=count, seed=0, split="train", traces=True):
         ids = tokenizer(example.columns["completion"])["input_ids"]
-        [completion] = make_completions(tokenizer, [ids], [[0.0] * len(ids)], [True])
+        [completion] = make_completions(tokenizer, [ids], [[0.0] * len(ids)], [True], [None])
         prompt = tuple(tokenizer(example.prompt)["input_ids"])
         request = RolloutRequest(prompt, example, example.id, Sampling(160, seed=7))
         rollouts.append(Rollout(request, completion, 0, 0))
@@ -54,4 +54,6 @@ class BestAnswers:
         chosen = [found[0] if found else str(rng.choice(left)) for _ in range(request.sampling.n)]
         ids = [self.tokenizer(answer)["input_ids"] for answer in chosen]
         assert {len(row) for row in ids} == {1}
-        return make_completions(self.tokenizer, ids, [[0.0]] * len(ids), [False] * len(ids))
+        return make_completions(
+            self.tokenizer, ids, [[0.0]] * len(ids), [False] * len(ids), [None] * len(ids)
+        )

@@ -61,11 +61,12 @@ class RolloutEngine(Protocol):
         ...
 
 
-def check_requests(requests: Sequence[RolloutRequest], max_model_len: int) -> None:
+def check_requests(requests: Sequence[RolloutRequest], max_model_len: int, vocab_size: int) -> None:
     """Refuse requests that no engine could answer, naming the example.
 
     Raises:
-        RolloutError: empty prompt, prompt too long for the context, or caps below one token.
+        RolloutError: empty prompt, prompt too long for the context, caps below one token, or a banned or
+            scored id outside the vocabulary.
     """
     for request in requests:
         length = len(request.prompt_ids)
@@ -80,6 +81,13 @@ def check_requests(requests: Sequence[RolloutRequest], max_model_len: int) -> No
             raise RolloutError(
                 f"request for example {request.example.id!r} asks for n={request.sampling.n}, "
                 f"max_tokens={request.sampling.max_tokens}; both must be at least 1"
+            )
+        ids = (*request.sampling.banned_ids, *request.sampling.scored_ids)
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            wrong = next(token for token in ids if not 0 <= token < vocab_size)
+            raise RolloutError(
+                f"request for example {request.example.id!r} bans or scores token id {wrong}; the model has "
+                f"{vocab_size}"
             )
 
 

@@ -55,10 +55,19 @@ def draw(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 class RowSampler:
     """Samples one token for each active row; rows leave with `select`.
 
-    `samplings[b]` and `indices[b]` are the parameters and the completion index of row b.
+    `samplings[b]` and `indices[b]` are the parameters and the completion index of row b; `reserved` are token
+    ids that no row samples.
     """
 
-    def __init__(self, samplings: Sequence[Sampling], indices: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        samplings: Sequence[Sampling],
+        indices: Sequence[int],
+        device: torch.device,
+        *,
+        vocab_size: int,
+        reserved: Sequence[int] = (),
+    ) -> None:
         self._device = device
         self._streams = [
             np.random.Philox(key=derive_seed(sampling.seed, index))
@@ -72,7 +81,14 @@ class RowSampler:
         self._temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None]
         self._top_k = torch.tensor([sampling.top_k for sampling in samplings], device=device)
         self._top_p = torch.tensor([sampling.top_p for sampling in samplings], device=device)
+        bans = [(*reserved, *sampling.banned_ids) for sampling in samplings]
+        kinds = {ids: kind for kind, ids in enumerate(dict.fromkeys(bans))}
+        self._banned = torch.zeros(len(kinds), vocab_size, dtype=torch.bool, device=device)
+        for ids, kind in kinds.items():
+            self._banned[kind, list(ids)] = True
+        self._bans = torch.tensor([kinds[ids] for ids in bans], device=device)  # (B,): row of `_banned`
         # Known on the host, so that the usual case costs no work and no wait for the device.
+        self._any_banned = any(bans)
         self._any_greedy = any(greedy)
         self._any_scaled = any(temperature != 1.0 for temperature in temperatures)
         self._any_truncated = any(sampling.top_k > 0 or sampling.top_p < 1 for sampling in samplings)
@@ -93,6 +109,7 @@ class RowSampler:
         """Keep only the given rows: `rows` on the device and `kept` on the host hold the same indices."""
         self._streams = [self._streams[row] for row in kept]
         self._uniforms = self._uniforms[rows]
+        self._bans = self._bans[rows]
         self._greedy = self._greedy[rows]
         self._temperature = self._temperature[rows]
         self._top_k = self._top_k[rows]
@@ -102,6 +119,8 @@ class RowSampler:
         self, logits: torch.Tensor, uniforms: torch.Tensor, rows: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = logits.float()
+        if self._any_banned:  # before all that looks at the other logits
+            logits = logits.masked_fill(self._banned[self._bans[rows]], -torch.inf)
         if self._any_scaled:
             logits = logits / self._temperature[rows]
         if self._any_truncated:

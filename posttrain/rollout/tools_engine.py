@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.data.prompts import PromptFormat, Prompts
@@ -222,6 +224,7 @@ class _Conversation:
     mask: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
+    scored: list[NDArray[np.float32]] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
     trips: int = 0
     call: Call | None = None
@@ -234,12 +237,16 @@ class _Conversation:
         self.logprobs += completion.logprobs
         self.mask += [1] * len(completion.token_ids)
         self.turns.append(Turn(start, len(self.token_ids), completion.text))
+        if completion.scored is not None:
+            self.scored.append(completion.scored)
 
     def read(self, ids: Sequence[int]) -> None:
         """Append what the policy did not write."""
         self.token_ids += ids
         self.logprobs += [0.0] * len(ids)
         self.mask += [0] * len(ids)
+        if self.scored:
+            self.scored.append(np.full((len(ids), self.scored[0].shape[1]), np.nan, dtype=np.float32))
 
     def ended(self, eos: int | None) -> bool:
         """Whether the last turn has its end-of-sequence token."""
@@ -255,4 +262,5 @@ class _Conversation:
             tuple(self.mask) if 0 in self.mask else None,
             tuple(self.turns),
             tuple(self.calls),
+            np.concatenate(self.scored) if self.scored else None,
         )

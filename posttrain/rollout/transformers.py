@@ -29,6 +29,7 @@ from posttrain.rollout.tokens import (
     end_of_sequence_ids,
     make_completions,
     model_context,
+    reserved_ids,
     visible_ids,
 )
 from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling
@@ -70,7 +71,7 @@ class TransformersEngine:
         """See `RolloutEngine.generate`."""
         if self._model is None:
             raise RolloutError("the rollout engine is closed")
-        check_requests(requests, self.max_model_len)
+        check_requests(requests, self.max_model_len, self._model.config.get_text_config().vocab_size)
         hosts = find_hosts({request.prompt_ids for request in requests})
         rows = [_Row(r, i) for r, request in enumerate(requests) for i in range(request.sampling.n)]
         # Rows of like length share a wave, so that little of it is padding, and so do those of one host.
@@ -113,13 +114,20 @@ class TransformersEngine:
         """Complete the rows of one wave."""
         asked = [requests[row.request] for row in wave]
         batch, logits = _prefill(self._model, [request.prompt_ids for request in asked], hosts)
+        samplings = [request.sampling for request in asked]
         sampler = RowSampler(
-            [request.sampling for request in asked], [row.index for row in wave], logits.device
+            samplings,
+            [row.index for row in wave],
+            logits.device,
+            vocab_size=logits.shape[-1],
+            reserved=reserved_ids(self._model.config),
         )
         outcome = _Outcome(asked, self._eos, self.max_model_len, self._tokenizer, logits.shape[-1])
         logprobs = torch.empty(len(wave), outcome.longest, device=logits.device)
+        scores = _Scores(samplings, outcome.longest, logits.device)
         active = torch.arange(len(wave), device=logits.device)
         for step in range(outcome.longest):
+            scores.read(logits, active, step)
             tokens, logprobs[active, step] = sampler(logits)
             kept = outcome.add(tokens.cpu().numpy())
             if not kept:
@@ -130,7 +138,7 @@ class TransformersEngine:
                 sampler.select(rows, kept)
                 batch.select(rows)
             logits = batch.decode(tokens[:, None])
-        return outcome.completions(logprobs.cpu().numpy())
+        return outcome.completions(logprobs.cpu().numpy(), scores.of_rows())
 
 
 @dataclass(frozen=True)
@@ -236,6 +244,29 @@ def _prefill(
     return batch, logits[rows]
 
 
+class _Scores:
+    """The logits of a wave's scored ids, as the model gave them: (rows, longest, most ids of a row)."""
+
+    def __init__(self, samplings: Sequence[Sampling], longest: int, device: torch.device) -> None:
+        self._counts = [len(sampling.scored_ids) for sampling in samplings]
+        most = max(self._counts)
+        padded = [sampling.scored_ids + (0,) * (most - len(sampling.scored_ids)) for sampling in samplings]
+        self._ids = torch.tensor(padded, dtype=torch.long, device=device)
+        self._read = torch.empty(len(samplings), longest, most, device=device) if most else None
+
+    def read(self, logits: torch.Tensor, active: torch.Tensor, step: int) -> None:
+        """Keep what the active rows' logits (B, V) say."""
+        if self._read is not None:
+            self._read[active, step] = logits.gather(1, self._ids[active]).float()
+
+    def of_rows(self) -> list[np.ndarray | None]:
+        """For each row (longest, its ids), or None if it has none; meaningless after its last token."""
+        if self._read is None:
+            return [None] * len(self._counts)
+        read = self._read.cpu().numpy()
+        return [read[row, :, :count] if count else None for row, count in enumerate(self._counts)]
+
+
 class _Outcome:
     """The tokens of a wave, kept on the host, and the decision which rows go on."""
 
@@ -302,14 +333,18 @@ class _Outcome:
             found[at] = any(string in text for string in self._strings[row])
         return found
 
-    def completions(self, logprobs: np.ndarray) -> list[Completion]:
-        """The finished rows, in the order of the requests; `logprobs` is (rows, longest)."""
+    def completions(self, logprobs: np.ndarray, scores: Sequence[np.ndarray | None]) -> list[Completion]:
+        """The finished rows, in the order of the requests.
+
+        `logprobs` is (rows, longest); `scores` has (longest, K) for every row that is scored.
+        """
         lengths = self._lengths.tolist()
         return make_completions(
             self._tokenizer,
             [row[:length].tolist() for row, length in zip(self._tokens, lengths, strict=True)],
             [row[:length].tolist() for row, length in zip(logprobs, lengths, strict=True)],
             self._stopped.tolist(),
+            [None if row is None else row[:length] for row, length in zip(scores, lengths, strict=True)],
         )
 
 

@@ -14,10 +14,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -48,7 +52,9 @@ class Sampling:
 
     `temperature` 0 is greedy. Generation ends at a token of `stop_token_ids`, at the model's
     end-of-sequence token, when the decoded completion contains a string of `stop`, or after `max_tokens`;
-    the tokens that ended it are kept.
+    the tokens that ended it are kept. Tokens of `banned_ids` are never sampled, nor are those that the
+    model's own configuration reserves. The logits of `scored_ids`, banned or not, are read in the pass that
+    predicts each token (`Completion.scored`).
     """
 
     max_tokens: int
@@ -58,6 +64,8 @@ class Sampling:
     top_k: int = 0  # 0: no limit
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    banned_ids: tuple[int, ...] = ()
+    scored_ids: tuple[int, ...] = ()
     seed: int = 0
 
 
@@ -111,6 +119,9 @@ class Completion:
     from (after temperature; for greedy decoding, of the unscaled model). `loss_mask[t]` is 0 where the
     policy did not write the token (tool output), and so is its log-prob; None means the policy wrote all of
     it. `turns` are what it wrote between the tool outputs; empty for a completion sampled without tools.
+    `scored[t]` are the log-probabilities of the request's K `scored_ids` among one another, at temperature 1
+    and as if none were banned, in the pass that predicted `token_ids[t]`; NaN where no pass did. None without
+    scored ids.
     """
 
     token_ids: tuple[int, ...]
@@ -120,6 +131,7 @@ class Completion:
     loss_mask: tuple[int, ...] | None = None
     turns: tuple[Turn, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
+    scored: NDArray[np.float32] | None = field(default=None, compare=False)  # (T, K)
 
     @property
     def sampled_tokens(self) -> int:

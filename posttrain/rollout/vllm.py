@@ -23,9 +23,15 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from posttrain.errors import PosttrainError, RolloutError
 from posttrain.rollout.adapter_files import adapter_weights, served_rank, why_merged, write_adapter
 from posttrain.rollout.engine import check_requests, fork_requests
-from posttrain.rollout.tokens import make_completions, model_context
+from posttrain.rollout.tokens import make_completions, model_context, reserved_ids
 from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling
-from posttrain.rollout.vllm_options import engine_options, sampling_options, served_dtype, stop_ids
+from posttrain.rollout.vllm_options import (
+    engine_options,
+    sampling_options,
+    scored_logits,
+    served_dtype,
+    stop_ids,
+)
 from posttrain.rollout.weights import named_weights
 
 logger = logging.getLogger(__name__)
@@ -91,6 +97,7 @@ class VllmEngine:
         # On a CPU the model runs eagerly; compiling the few helpers left would only delay the first call.
         self._stance = "force_eager" if on_cpu else "default"
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        self._vocab_size, self._reserved = config.get_text_config().vocab_size, reserved_ids(config)
         self._several = dist.is_initialized() and dist.get_world_size() > 1
         self._owns_group = not dist.is_initialized()
         self._max_rank = served_rank(lora_rank)
@@ -133,7 +140,7 @@ class VllmEngine:
         """
         if self._llm is None:
             raise RolloutError("the rollout engine is closed")
-        check_requests(requests, self.max_model_len)
+        check_requests(requests, self.max_model_len, self._vocab_size)
         rows = [(request, index) for request in requests for index in range(request.sampling.n)]
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request, _ in rows]
         samplings = [self._sampling_params(request, index) for request, index in rows]
@@ -141,12 +148,20 @@ class VllmEngine:
             answers = self._ask(prompts, samplings)
         except Exception as error:
             answers = self._ask_again(prompts, samplings, error)
+        # One row for a token: the log-prob of the token itself, then those of the scored ids.
+        read = [np.array(a.logprobs.logprobs).reshape(len(a.token_ids), -1) for a in answers]
         completions = iter(
             make_completions(
                 self._tokenizer,
                 [list(answer.token_ids) for answer in answers],
-                [list(answer.logprobs.logprobs) for answer in answers],
+                [values[:, 0].tolist() for values in read],
                 [answer.finish_reason == "stop" for answer in answers],
+                [
+                    scored_logits(values[:, 1:], request.sampling, self._reserved)
+                    if request.sampling.scored_ids
+                    else None
+                    for values, (request, _) in zip(read, rows, strict=True)
+                ],
             )
         )
         return [[next(completions) for _ in range(request.sampling.n)] for request in requests]
@@ -263,7 +278,9 @@ class VllmEngine:
     def _sampling_params(self, request: RolloutRequest, index: int) -> Any:
         from vllm import SamplingParams
 
-        options = sampling_options(request, index, self.max_model_len, self._eos)
+        options = sampling_options(request, index, self.max_model_len, self._eos, self._reserved)
+        if "logprob_token_ids" in options:  # which bring the sampled token's log-prob with them
+            del options["logprobs"]
         return SamplingParams(**options, detokenize=bool(options["stop"]), flat_logprobs=True)
 
 

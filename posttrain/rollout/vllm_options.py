@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from posttrain.errors import RolloutError
 from posttrain.rollout.tokens import end_of_sequence_ids
-from posttrain.rollout.types import RolloutRequest, derive_seed
+from posttrain.rollout.types import RolloutRequest, Sampling, derive_seed
 
 TEMPERATURES = (0.01, 2.0)
 """vLLM raises lower ones to the first and refuses higher ones."""
+BAN = -100.0
+"""Added to the logit of a banned token: the largest bias that vLLM takes. It leaves a probability of about
+1e-43, and the logits of banned tokens comparable with one another."""
+MOST_SCORED = 128
+"""Ids whose log-probs vLLM returns for one request."""
 
 
 def served_dtype(config: PretrainedConfig, dtype: str) -> str:
@@ -58,13 +66,16 @@ def _cpu_options(context: int, kv_cache_gib: float) -> dict[str, Any]:
     }
 
 
-def sampling_options(request: RolloutRequest, index: int, context: int, eos: list[int]) -> dict[str, Any]:
+def sampling_options(
+    request: RolloutRequest, index: int, context: int, eos: list[int], reserved: Sequence[int]
+) -> dict[str, Any]:
     """Sampling parameters of one completion: a request of n becomes n of one, each with its index's seed.
 
-    vLLM's own n derives seeds that overlap between requests with neighbouring seeds.
+    vLLM's own n derives seeds that overlap between requests with neighbouring seeds. `reserved` are token ids
+    that are banned whatever the request says.
 
     Raises:
-        RolloutError: a temperature that vLLM does not offer.
+        RolloutError: a temperature that vLLM does not offer, or scores that it cannot give.
     """
     sampling = request.sampling
     lowest, highest = TEMPERATURES
@@ -73,7 +84,16 @@ def sampling_options(request: RolloutRequest, index: int, context: int, eos: lis
             f"request for example {request.example.id!r}: vLLM samples at temperature 0 or {lowest} to "
             f"{highest}, not {sampling.temperature}"
         )
-    return {
+    if len(sampling.scored_ids) > MOST_SCORED:
+        raise RolloutError(
+            f"request for example {request.example.id!r} scores {len(sampling.scored_ids)} token ids; vLLM "
+            f"reads at most {MOST_SCORED}"
+        )
+    if sampling.scored_ids and (sampling.top_p < 1 or sampling.top_k > 0):
+        raise RolloutError(
+            f"request for example {request.example.id!r}: vLLM reads scored_ids only without top_p and top_k"
+        )
+    options: dict[str, Any] = {
         "max_tokens": min(sampling.max_tokens, context - len(request.prompt_ids)),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -82,8 +102,24 @@ def sampling_options(request: RolloutRequest, index: int, context: int, eos: lis
         "stop": list(sampling.stop),
         "stop_token_ids": sorted({*eos, *sampling.stop_token_ids}),
         "include_stop_str_in_output": True,
-        "logprobs": 0,  # of the sampled token alone
+        "logprobs": 0,  # of the sampled token, beside those of scored ids
     }
+    if banned := {*reserved, *sampling.banned_ids}:
+        options["logit_bias"] = dict.fromkeys(sorted(banned), BAN)
+    if sampling.scored_ids:
+        options["logprob_token_ids"] = list(sampling.scored_ids)
+    return options
+
+
+def scored_logits(logprobs: ArrayLike, sampling: Sampling, reserved: Sequence[int]) -> NDArray[np.float64]:
+    """Logits (T, K) of a request's scored ids, up to a constant for each position.
+
+    `logprobs` (T, K) are vLLM's: of the distribution it sampled from, that is after the bias of banned tokens
+    and the temperature.
+    """
+    banned = {*reserved, *sampling.banned_ids}
+    bias = np.array([BAN if token in banned else 0.0 for token in sampling.scored_ids])
+    return np.asarray(logprobs, dtype=np.float64) * (sampling.temperature or 1.0) - bias
 
 
 def stop_ids(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:

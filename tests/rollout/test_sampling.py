@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -62,9 +64,9 @@ def test_rows_are_independent_of_each_other() -> None:
         Sampling(1, seed=4, temperature=0.5),
         Sampling(1, seed=4, temperature=0),
     ]
-    alone = RowSampler([samplings[1]], [2], CPU)
+    alone = RowSampler([samplings[1]], [2], CPU, vocab_size=40)
     expected = [alone(logits)[0].item() for _ in range(200)]
-    together = RowSampler(samplings, [0, 2, 1], CPU)
+    together = RowSampler(samplings, [0, 2, 1], CPU, vocab_size=40)
     found = [together(logits.expand(3, -1))[0][1].item() for _ in range(70)]
     together.select(torch.tensor([1, 2]), [1, 2])
     found += [together(logits.expand(2, -1))[0][0].item() for _ in range(130)]
@@ -74,7 +76,7 @@ def test_rows_are_independent_of_each_other() -> None:
 
 def test_streams_are_stable() -> None:
     """A change here would make every seeded run of the past irreproducible."""
-    sampler = RowSampler([Sampling(1, seed=0), Sampling(1, seed=0)], [0, 1], CPU)
+    sampler = RowSampler([Sampling(1, seed=0), Sampling(1, seed=0)], [0, 1], CPU, vocab_size=1000)
     uniform_logits = torch.zeros(2, 1000)
     drawn = np.stack([sampler(uniform_logits)[0].numpy() for _ in range(4)])
     assert drawn.tolist() == [[503, 740], [49, 871], [239, 292], [199, 484]]
@@ -84,6 +86,27 @@ def test_large_vocabularies_are_drawn_in_slices() -> None:
     vocab_size = 2**22
     logits = torch.full((6, vocab_size), -torch.inf)
     logits[torch.arange(6), torch.arange(6) * 1000] = 0.0
-    tokens, logprobs = RowSampler([Sampling(1, seed=s) for s in range(6)], [0] * 6, CPU)(logits)
+    sampler = RowSampler([Sampling(1, seed=s) for s in range(6)], [0] * 6, CPU, vocab_size=vocab_size)
+    tokens, logprobs = sampler(logits)
     assert tokens.tolist() == [0, 1000, 2000, 3000, 4000, 5000]
     assert logprobs.tolist() == [0.0] * 6
+
+
+def test_banned_tokens_are_as_if_they_were_not_there() -> None:
+    """Rows may ban different tokens; top-k counts the others only, and log-probs are of what is left."""
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).expand(3, -1)
+    samplings = [
+        Sampling(1, banned_ids=(0, 2)),
+        Sampling(1, banned_ids=(0,), temperature=0),
+        Sampling(1, top_k=1),
+    ]
+    sampler = RowSampler(samplings, [0, 0, 0], CPU, vocab_size=4, reserved=(1,))
+    tokens, logprobs = sampler(logits)
+    assert tokens.tolist() == [3, 2, 0]
+    left = torch.tensor([2.0, 1.0]).log_softmax(0)[0].item()
+    assert logprobs.tolist() == pytest.approx([0.0, left, 0.0])
+    sampler.select(torch.tensor([2, 0]), [2, 0])
+    assert sampler(logits[:2])[0].tolist() == [0, 3]
+    drawn = Counter(tuple(sampler(logits[:2])[0].tolist()) for _ in range(100))
+    assert set(drawn) == {(0, 3)}
+    assert not torch.isinf(logits).any()

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from posttrain.errors import RolloutError
 from posttrain.rollout.engine import RolloutEngine
 from posttrain.rollout.transformers import TransformersEngine
 from posttrain.rollout.types import Sampling
+from posttrain.zip_rc.grid import VALUES, Grid
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,17 @@ def test_batch_size_does_not_change_completions(model_path: Path) -> None:
 
 def test_context_defaults_to_the_models_own(model_path: Path) -> None:
     assert build(model_path, max_model_len=None).max_model_len == 256
+
+
+def test_ids_that_the_configuration_reserves_are_never_sampled(model_path: Path) -> None:
+    """With the same draws the others are sampled as if the reserved ones were not there."""
+    policy, asked = load(model_path), request("1+2=", 40, n=4, seed=5)
+    engine = TransformersEngine(policy, AutoTokenizer.from_pretrained(model_path))
+    reserved = Grid(150, VALUES, (0, 4, 8, 16))
+    (explicit,) = engine.generate([replace(asked, sampling=replace(asked.sampling, banned_ids=reserved.ids))])
+    assert any(set(completion.token_ids) & set(reserved.ids) for completion in engine.generate([asked])[0])
+    policy.config.zip_rc = reserved.to_config()
+    assert engine.generate([asked]) == [explicit]
 
 
 def test_samples_from_the_live_module(model_path: Path) -> None:
