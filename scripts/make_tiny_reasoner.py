@@ -4,7 +4,7 @@ A Qwen2-architecture model of 1.1M parameters with a character-level tokenizer, 
 format, trained on generated reasoning text: question in, `<think>steps</think>answer` out. It is the model
 that the recipes under recipes/tiny start from.
 
-    ./scripts/make_tiny_reasoner                  # writes data/tiny-reasoner (about 20 minutes on one core)
+    ./scripts/make_tiny_reasoner                  # writes data/tiny-reasoner (about 35 minutes on one core)
     ./scripts/make_tiny_reasoner --output DIR
 """
 
@@ -14,15 +14,20 @@ import argparse
 import json
 import string
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from posttrain.data.tasks import make_task
+from posttrain.recipe.load import load_recipe
 from posttrain.recipe.schema import OptimizerConfig, SftStage
+from posttrain.rollout.tools import environment_factory, schemas_of
+from posttrain.rollout.tools_format import ToolFormat
 from posttrain.rollout.types import Example
 from posttrain.stages.sft import finetune
 
@@ -38,39 +43,62 @@ CHAT_TEMPLATE = (
 )
 
 
+TOOLS = ROOT / "recipes" / "tiny" / "hdpo.yaml"
+"""Its section `tools` says how a call and its result are written."""
+PLAIN = ("search-",)
+"""Rows whose prompts are plain text, as in recipes/tiny/mrt.yaml; the others go through the chat template."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """Some steps on a mixture of (task, arguments, share of the rows)."""
 
     steps: int
     rows: int
-    mixture: tuple[tuple[str, dict[str, int], float], ...]
+    mixture: tuple[tuple[str, dict[str, Any], float], ...]
 
+
+# What the recipes of HDPO and MRT begin with. No product is answered without the calculator, which would be a
+# guess. Searches are short, since a batch is padded to its longest row; the other rows have up to 70 tokens.
+FORMATS: tuple[tuple[str, dict[str, Any], float], ...] = (
+    ("calculator", {"easy": 0.5, "medium": 0.5, "hard": 0.0, "tool": 0.2, "redundant": 0.0}, 0.04),
+    ("calculator", {"easy": 0.2, "medium": 0.2, "hard": 0.6, "tool": 1.0, "redundant": 0.1}, 0.04),
+    ("search", {"traces": True, "forced": 0.3, "max_episodes": 9}, 0.06),
+    ("search", {"facts": True}, 0.02),
+)
 
 # Only the train splits are drawn from, so the held-out problems of every recipe are new to the model, and
 # chains of more than three terms are left to the recipes.
 PHASES = (
     Phase(
-        steps=1400,
+        steps=1600,
         rows=40_000,
         mixture=(
-            ("arithmetic", {"min_terms": 2, "max_terms": 3, "max_term": 20}, 0.45),
-            ("addition", {"max_digits": 3}, 0.15),
-            ("largest", {"numbers": 4}, 0.15),
-            ("counting", {"length": 8}, 0.15),
-            ("reversing", {"max_length": 6}, 0.10),
+            ("arithmetic", {"min_terms": 2, "max_terms": 3, "max_term": 20}, 0.34),
+            ("addition", {"max_digits": 3}, 0.11),
+            ("largest", {"numbers": 4}, 0.10),
+            ("counting", {"length": 8}, 0.10),
+            ("reversing", {"max_length": 6}, 0.07),
+            *FORMATS,
+            ("meta_arithmetic", {"min_terms": 2, "max_terms": 3, "max_term": 20}, 0.06),
+            ("meta_addition", {"max_digits": 3}, 0.015),
+            ("meta_largest", {"numbers": 4}, 0.015),
+            ("meta_counting", {"length": 8}, 0.015),
+            ("meta_reversing", {"max_length": 6}, 0.015),
         ),
     ),
     # Single-digit steps from anywhere the longer chains get to, until they are reliable.
     Phase(
-        steps=500,
-        rows=14_000,
+        steps=700,
+        rows=20_000,
         mixture=(
-            ("arithmetic", {"min_terms": 2, "max_terms": 3, "min_first": -30, "max_first": 40}, 0.7),
-            ("addition", {"max_digits": 3}, 0.08),
-            ("largest", {"numbers": 4}, 0.07),
-            ("counting", {"length": 8}, 0.08),
-            ("reversing", {"max_length": 6}, 0.07),
+            ("arithmetic", {"min_terms": 2, "max_terms": 3, "min_first": -30, "max_first": 40}, 0.53),
+            ("addition", {"max_digits": 3}, 0.07),
+            ("largest", {"numbers": 4}, 0.06),
+            ("counting", {"length": 8}, 0.07),
+            ("reversing", {"max_length": 6}, 0.06),
+            *FORMATS,
+            ("meta_arithmetic", {"min_terms": 2, "max_terms": 3, "min_first": -30, "max_first": 40}, 0.05),
         ),
     ),
 )
@@ -123,12 +151,25 @@ def make_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
 
 
 def make_rows(phase: Phase, seed: int) -> list[Example]:
-    """The rows of a phase, all different."""
+    """The rows of a phase."""
     return [
         example
         for task, arguments, share in phase.mixture
         for example in make_task(task, size=round(phase.rows * share), seed=seed, split="train", **arguments)
     ]
+
+
+def row_encoder(tokenizer: Qwen2Tokenizer) -> Callable[[Example], dict[str, list[int]]]:
+    """How a row is written: as the recipe that its task is from has it."""
+    tools = load_recipe(TOOLS).recipe.tools
+    assert tools is not None
+    schemas = schemas_of(environment_factory(tools)().tools)
+    chat, text = (ToolFormat(tools, schemas, tokenizer, format) for format in ("chat", "text"))
+
+    def encode(example: Example) -> dict[str, list[int]]:
+        return (text if example.id.startswith(PLAIN) else chat).encode_trace(example)
+
+    return encode
 
 
 def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, phase: Phase, output: Path, seed: int) -> None:
@@ -147,6 +188,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, phase: Phase, outp
         stage,
         output_dir=output,
         seed=seed,
+        encode=row_encoder(tokenizer),
         log=lambda step, of, metrics: print(
             f"step {step}/{of}  loss {float(metrics['loss']):.4f}  {time.time() - started:.0f} s", flush=True
         ),

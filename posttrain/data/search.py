@@ -20,8 +20,6 @@ from posttrain.data.problem import Problem
 
 CUE = "!</think>"
 """What forces an answer in the demonstrations."""
-MAX_EPISODES = 26
-"""Longer searches are begun anew, so that a demonstration has at most about 150 characters."""
 AFTERWARDS = 0.5
 """Chance that the demonstrator goes on after it has found x, with up to three fillers."""
 
@@ -47,6 +45,7 @@ def search(
     traces: bool = False,
     forced: float = 0.0,
     facts: bool = False,
+    max_episodes: int = 26,
 ) -> Problem:
     """A modular equation and a wasteful search for its solution.
 
@@ -60,6 +59,8 @@ def search(
             belong to the prompt.
         facts: a row is one try of any candidate, to be completed with its product and verdict. Makes the
             products known before whole searches are learnt.
+        max_episodes: a demonstrator that has not found x by then begins anew. With 26 a demonstration has at
+            most about 150 characters.
     """
     p = int(rng.choice(list(moduli)))
     a, x = int(rng.integers(2, p)), int(rng.integers(1, p))
@@ -68,7 +69,7 @@ def search(
         episode = _try(int(rng.integers(1, p)), a, x, p)
         begin, demonstration = f"<think>{episode[:3]}", episode[3:]
         return Problem(question, f"{x:x}", demonstration, given=begin, variant=episode)
-    episodes = _episodes(rng, a, x, p, repeats, fillers)
+    episodes = _episodes(rng, a, x, p, repeats, fillers, max_episodes)
     begin, answer = "", f"{x:x}"
     if rng.random() < forced:
         episodes = episodes[: rng.integers(len(episodes) + 1)]
@@ -111,12 +112,14 @@ def waste_of(thinking: str) -> Waste:
     return Waste(episodes, repeated, fillers)
 
 
-def _episodes(rng: np.random.Generator, a: int, x: int, p: int, repeats: float, fillers: float) -> list[str]:
+def _episodes(
+    rng: np.random.Generator, a: int, x: int, p: int, repeats: float, fillers: float, limit: int
+) -> list[str]:
     """Episodes that find x."""
     tried: list[int] = []
     episodes: list[str] = []
     while x not in tried:
-        if len(episodes) == MAX_EPISODES:
+        if len(episodes) == limit:
             tried, episodes = [], []
         kind = rng.random()
         if kind < fillers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +37,24 @@ def finetune(
     output_dir: Path | str,
     seed: int,
     dtype: torch.dtype = torch.float32,
-    prompt_format: Any = "auto",
-    tools: ToolFormat | None = None,
+    encode: Callable[[Example], Mapping[str, Any]] | None = None,
     report_to: Sequence[str] = (),
     log: Callable[[int, int, dict[str, Any]], None] = lambda step, of, metrics: None,
     checkpointer: Checkpointer | None = None,
 ) -> SFTTrainer:
     """Train `model` in place on `examples` (demonstrations in `columns["completion"]`); returns its trainer.
 
-    The loss is on completion tokens alone, with `tools` on those of them that no tool wrote. `log` is called
-    with (step, number of steps, metrics). With a `checkpointer`, whose `output_dir` is to be given too,
-    training goes on from its newest checkpoint.
+    The loss is on completion tokens alone. `encode` makes a row of TRL's format of an example; None is
+    `encode_demonstration`, and `ToolFormat.encode_trace` knows tools. `log` is called with (step, number of
+    steps, metrics). With a `checkpointer`, whose `output_dir` is to be given too, training goes on from its
+    newest checkpoint.
 
     Raises:
         DataError: a row has no demonstration, or is longer than `stage.max_length`; rows are never cut.
         RecipeError: the batch size does not divide over the devices.
     """
-    rows: list[dict[str, Any]]
-    if tools is not None:
-        rows = [tools.encode_trace(example) for example in examples]
-    else:
-        rows = [dict(encode_demonstration(example, tokenizer, prompt_format)) for example in examples]
+    encode = encode or partial(encode_demonstration, tokenizer=tokenizer)
+    rows = [dict(encode(example)) for example in examples]
     limit = stage.max_length or model.config.max_position_embeddings
     for example, row in zip(examples, rows, strict=True):
         length = _length(row, tokenizer)
@@ -110,6 +108,7 @@ def run(stage: SftStage, context: StageContext) -> StageResult:
     source = context.data(stage.data or context.recipe.data.train)
     tokenizer = load_tokenizer(context.model)
     prompts = prompts_of(context.recipe.tools, tokenizer, source.format)
+    plain = partial(encode_demonstration, tokenizer=tokenizer, format=source.format)
     set_seed(context.recipe.seed)
     model = load_policy(context.model)
     checkpointer = context.checkpointer(stage)
@@ -121,8 +120,7 @@ def run(stage: SftStage, context: StageContext) -> StageResult:
         output_dir=checkpointer.output_dir,
         seed=context.recipe.seed,
         dtype=compute_dtype(context.model),
-        prompt_format=source.format,
-        tools=prompts if isinstance(prompts, ToolFormat) else None,
+        encode=prompts.encode_trace if isinstance(prompts, ToolFormat) else plain,
         report_to=context.recipe.report_to,
         log=context.log_step,
         checkpointer=checkpointer,

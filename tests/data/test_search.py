@@ -33,6 +33,12 @@ def test_searches_end_in_the_solution():
         assert len(row.columns["completion"]) < 190
 
 
+def test_no_search_is_longer_than_asked_for():
+    for row in rows(100, max_episodes=4):
+        assert len(split_episodes(row.columns["completion"].partition("</think>")[0], STEPS)) <= 4 + 3 + 1
+        assert row.columns["completion"].endswith(f"</think>{row.answer}")
+
+
 def test_waste_is_as_asked_for():
     waste = [waste_of(row.columns["completion"]) for row in rows(500)]
     episodes = sum(found.episodes for found in waste)
