@@ -1,11 +1,11 @@
-"""What it is worth to go on with samples: order statistics of their forecasts, the sampling utility, the search.
+"""What it is worth to go on with samples: order statistics of forecasts, the sampling utility, the search.
 
-Manvi et al., "Zero-Overhead Introspection for Adaptive Test-Time Compute" (arXiv:2512.01457). A forecast is the
-joint distribution over the final reward and the remaining length of one unfinished sample; the samples of a
-prompt are taken as independent given their forecasts. Everything here is a pure function of numpy arrays.
+Manvi et al., "Zero-Overhead Introspection for Adaptive Test-Time Compute" (arXiv:2512.01457). A forecast is
+the joint distribution over the final reward and the remaining length of one unfinished sample; the samples of
+a prompt are taken as independent given their forecasts. Everything here is a pure function of numpy arrays.
 
-Shapes: n unfinished samples, R reward bins, L length bins, S sets of samples, P = L plans. Plan 0 keeps a set to
-its end; plan B > 0 keeps it until length bin B and gives up what is longer.
+Shapes: n unfinished samples, R reward bins, L length bins, S sets of samples, P = L plans. Plan 0 keeps a set
+to its end; plan B > 0 keeps it until length bin B and gives up what is longer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _TINY = 1e-300  # stands for 0 in a logarithm: its product with any probability 
 
 @dataclass(frozen=True)
 class Prices:
-    """What one average sample costs, in units of reward: its tokens, and the time they take one after another."""
+    """What one average sample costs, in units of reward: its tokens, and the time they take one after
+    another.
+    """
 
     compute: float
     latency: float
@@ -56,10 +58,10 @@ def max_pmf(pmfs: Floats) -> Floats:
 
 
 def expected_max(values: Floats, pmfs: Floats) -> float:
-    """Expectation of the largest of n >= 1 independent variables with distributions (n, B) over `values` (B,).
+    """Mean of the largest of n >= 1 independent variables with distributions (n, B) over `values` (B,).
 
-    P(max <= x) is the product of the single P(X_i <= x). At least the largest single mean, at most the sum for
-    values that are not negative.
+    P(max <= x) is the product of the single P(X_i <= x). At least the largest single mean, at most the sum
+    for values that are not negative.
     """
     return float(max_pmf(pmfs) @ values)
 
@@ -67,7 +69,8 @@ def expected_max(values: Floats, pmfs: Floats) -> float:
 def planned(joints: Floats) -> tuple[Floats, Floats]:
     """Reward (P, n, R) and length (P, n, L) distributions of samples (n, R, L) under every plan.
 
-    What is at least as long as the plan's bin is given up: it earns the lowest reward and has that bin's length.
+    What is at least as long as the plan's bin is given up: it earns the lowest reward and has that bin's
+    length.
     """
     count, values, plans = joints.shape
     rewards, lengths = np.empty((plans, count, values)), np.empty((plans, count, plans))
@@ -82,7 +85,7 @@ def planned(joints: Floats) -> tuple[Floats, Floats]:
 
 
 def _plan_costs(grid: Grid) -> Floats:
-    """What every length bin costs under every plan, (P, L): its midpoint, the plan's own bin its lower edge."""
+    """What length bins cost under each plan, (P, L): their midpoints, the plan's own bin its lower edge."""
     costs = np.tile(grid.lengths, (grid.length_bins, 1))
     bins = np.arange(1, grid.length_bins)
     costs[bins, bins] = np.array(grid.length_edges)[bins]
@@ -112,37 +115,57 @@ def utilities(
         reference: tokens of one average sample, above 0.
         finished: expected reward of the best finished sample; it competes for the maximum and costs nothing.
     """
-    rewards, lengths = planned(joints)
-    costs = _plan_costs(grid)
-    chosen = sets.astype(np.float64)
-    best = _expected_max_of_sets(np.maximum(grid.rewards, finished), rewards, chosen)
-    longest = _expected_max_of_sets(costs[:, None, :], lengths, chosen)
-    total = np.einsum("pnl,pl->pn", lengths, costs) @ chosen.T
-    value = best - (prices.compute * total + prices.latency * longest) / reference
-    return np.where(sets.any(axis=1), value, finished)
+    return _Plans(joints, grid).utilities(sets, prices, reference, finished)
 
 
-def _expected_max_of_sets(values: Floats, pmfs: Floats, sets: Floats) -> Floats:
-    """`expected_max` of the members of each set (S, n), for pmfs (P, n, B) and values (B,) or (P, 1, B): (P, S).
+class _Plans:
+    """What `utilities` needs of samples (n, R, L) whatever the sets are."""
 
-    Of an empty set it is the lowest value.
+    def __init__(self, joints: Floats, grid: Grid) -> None:
+        rewards, lengths = planned(joints)
+        self._rewards = grid.rewards
+        self._costs = _plan_costs(grid)
+        self._log_rewards = _log_cdf(rewards)
+        self._log_lengths = _log_cdf(lengths)
+        self._tokens = (lengths * self._costs[:, None, :]).sum(axis=2)
+
+    def utilities(self, sets: Mask, prices: Prices, reference: float, finished: float) -> Floats:
+        """See the function of this name."""
+        chosen = sets.astype(np.float64)
+        best = _expected_max_of(np.maximum(self._rewards, finished), chosen @ self._log_rewards)
+        longest = _expected_max_of(self._costs[:, None, :], chosen @ self._log_lengths)
+        total = self._tokens @ chosen.T
+        value = best - (prices.compute * total + prices.latency * longest) / reference
+        return np.where(sets.any(axis=1), value, finished)
+
+
+def _log_cdf(pmfs: Floats) -> Floats:
+    return np.log(np.maximum(pmfs.cumsum(axis=-1), _TINY))
+
+
+def _expected_max_of(values: Floats, log_cdf: Floats) -> Floats:
+    """Expectation (...) over ascending `values` (..., B), of the logarithm of a distribution function (...,
+    B).
     """
-    below = np.exp(sets @ np.log(np.maximum(pmfs.cumsum(axis=-1), _TINY)))
-    return (np.diff(below, prepend=0.0, axis=-1) * values).sum(axis=-1)
+    below = np.exp(log_cdf)
+    # Summed by parts: Σ x_b (F_b - F_(b-1)) = x_B F_B - Σ F_b (x_(b+1) - x_b).
+    return values[..., -1] * below[..., -1] - (below[..., :-1] * np.diff(values)).sum(axis=-1)
 
 
 def candidate_sets(joints: Floats, grid: Grid) -> Mask:
     """Sets worth a look, (S, n): the k shortest together with the j best, for all k and j.
 
-    By ascending expected length and by descending expected reward; samples that are equal keep their order. The
-    first set is the empty one.
+    By ascending expected length and by descending expected reward; samples that are equal keep their order.
+    The first set is the empty one.
     """
     count = len(joints)
     by_length = _ranks(joints.sum(axis=-2) @ grid.lengths)
     by_reward = _ranks(-(joints.sum(axis=-1) @ grid.rewards))
     sizes = np.arange(count + 1)
     sets = (by_length < sizes[:, None])[:, None, :] | (by_reward < sizes[:, None])[None, :, :]
-    return sets.reshape(-1, count)
+    sets = sets.reshape(-1, count)
+    _, first = np.unique(sets @ (1 << np.arange(count)), return_index=True)
+    return sets[np.sort(first)]
 
 
 def _ranks(values: Floats) -> NDArray[np.int64]:
@@ -160,9 +183,9 @@ def search(
 ) -> Choice:
     """The set of unfinished samples (n, R, L), n >= 1, and the plan with the highest utility.
 
-    Over `candidate_sets` and all plans. Of equal utilities the larger set wins, then the one found first; samples
-    that were left out and would not lower the utility are taken in. While nothing is finished the empty set does
-    not count, so that a prompt always gets an answer.
+    Over `candidate_sets` and all plans. Of equal utilities the larger set wins, then the one found first;
+    samples that were left out and would not lower the utility are taken in. While nothing is finished the
+    empty set does not count, so that a prompt always gets an answer.
 
     Args:
         joints: forecasts of the unfinished samples.
@@ -175,7 +198,8 @@ def search(
     sets = candidate_sets(joints, grid)
     if not finished:
         sets = sets[1:]
-    found = utilities(joints, sets, grid, prices, reference, best)
+    forecasts = _Plans(joints, grid)
+    found = forecasts.utilities(sets, prices, reference, best)
     highest = found.max()
     plans, places = np.nonzero(found >= highest - TIE)
     at = int(np.argmax(sets[places].sum(axis=1)))  # the first of the largest
@@ -183,7 +207,7 @@ def search(
     utility = float(found[plan, places[at]])
     while not keep.all():
         wider = keep | np.eye(len(keep), dtype=bool)[~keep]
-        values = utilities(joints, wider, grid, prices, reference, best)[plan]
+        values = forecasts.utilities(wider, prices, reference, best)[plan]
         if values.max() < utility - TIE:
             break
         keep, utility = wider[values.argmax()], float(values.max())
