@@ -100,9 +100,9 @@ class StepContext:
     """What the hooks may use.
 
     `rng` is derived from (run seed, step, method, rank), `log` adds a value to the step's metrics (averaged
-    when called several times), `model` is the unwrapped policy, `score` fills the rewards of rollouts in place.
-    `gather` gives the values of all ranks in rank order: a collective, so every rank must call it. `sampling`
-    is how the stage's own completions are sampled, `seed` the run's; `rank` is this process' of `world`.
+    when called several times), `model` is the unwrapped policy, `score` fills the rewards of rollouts in
+    place. `gather` gives the values of all ranks in rank order: a collective, so every rank must call it.
+    `sampling` is how the stage's own completions are sampled, `seed` the run's, `rank` one of `world`.
     """
 
     step: int
@@ -113,7 +113,7 @@ class StepContext:
     log: Callable[[str, float], None]
     score: Callable[[Sequence[Rollout]], None]
     gather: Callable[[Any], list[Any]] = lambda value: [value]
-    sampling: Sampling = Sampling(max_tokens=1024)
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=1024))
     seed: int = 0
     rank: int = 0
     world: int = 1

@@ -24,7 +24,15 @@ from posttrain.rollout.types import (
     make_rollouts,
     with_seed,
 )
-from posttrain.training.advantages import Floats, decoupled_rewards, zero_variance
+from posttrain.training.advantages import (
+    BatchStats,
+    Floats,
+    batch_moments,
+    compute_advantages,
+    decoupled_rewards,
+    default_scale,
+    zero_variance,
+)
 from posttrain.training.prompts import PromptOrder
 from posttrain.training.tally import Tally
 
@@ -248,6 +256,21 @@ class Collector:
             np.array(list(weights.values())),
             [rollout.request.group for rollout in rollouts],
         )
+
+    def advantages(
+        self, rollouts: Sequence[Rollout], step: int, summed: Callable[[Floats], Floats]
+    ) -> dict[str, float]:
+        """The stage's own advantages, by rollout id; `summed` adds up the values of all ranks."""
+        kind, scale = self.stage.loss.kind, self.stage.loss.scale
+        if self.rewards.combine == "normalize_then_sum":
+            kind, scale = "reinforce_pp", "batch"  # what is left of GDPO once each reward is normalised
+        rewards = self.signal(rollouts, step)
+        groups = [rollout.request.group for rollout in rollouts]
+        stats = None
+        if (scale or default_scale(kind)) == "batch":
+            stats = BatchStats.from_moments(summed(batch_moments(kind, rewards, groups)))
+        advantages = compute_advantages(kind, scale, rewards, groups, stats)
+        return {r.id: float(value) for r, value in zip(rollouts, advantages, strict=True)}
 
     def _replace_zero_variance(self, collected: Collected, step: int) -> None:
         """Dynamic sampling: new prompts for groups whose rewards are all the same (DAPO, section 3.2)."""

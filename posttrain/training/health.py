@@ -15,7 +15,29 @@ from posttrain.rollout.weights import whole
 from posttrain.training.advantages import zero_variance
 from posttrain.training.batch import TrainRow
 from posttrain.training.collect import SOLUTION, Collected
+from posttrain.training.losses import Stats, mean_stats
 from posttrain.training.tally import Tally
+
+MISMATCH = "sampling/logprob_difference"
+METRIC_NAMES = {
+    "entropy": "entropy",
+    "kl": "kl",
+    "ratio": "ratio/mean",
+    "clipped_low": "ratio/clipped_low",
+    "clipped_high": "ratio/clipped_high",
+    "importance": "sampling/importance_ratio",
+    "mismatch": MISMATCH,
+}
+
+
+def update_metrics(tally: Tally, stats: Stats) -> float:
+    """Add what a loss has found out to a tally; the mean absolute difference to the engine's log-probs."""
+    values = mean_stats(stats) if stats else {}
+    tokens = values.pop("tokens", 0.0)
+    for key, name in METRIC_NAMES.items():
+        if key in values:
+            tally.mean(name, values[key], tokens)
+    return values.get("mismatch", 0.0)
 
 
 def check_sync(difference: float, tolerance: float, step: int, version: int) -> None:
@@ -31,6 +53,22 @@ def check_sync(difference: float, tolerance: float, step: int, version: int) -> 
             f"at step {step}, after sync {version}, the engine's log-probs differ from the trainer's by "
             f"{difference:.2g} nats on average (tolerance {tolerance:.2g}): the engine does not have the "
             f"policy's weights"
+        )
+
+
+def refuse_bad_loss(accelerator: Any, loss: torch.Tensor, step: int) -> None:
+    """DeepSpeed steps inside its last backward pass, so a bad update can be refused, not skipped.
+
+    `loss` is this rank's of the whole update; all ranks call this.
+
+    Raises:
+        TrainingError: the loss is not finite on some rank.
+    """
+    finite = torch.isfinite(loss).to(loss.dtype)
+    if accelerator.reduce(finite, "sum") < accelerator.num_processes:
+        raise TrainingError(
+            f"the loss of step {step} is not finite ({float(loss)} on this rank): "
+            "the weights were not updated, and with DeepSpeed such a step cannot be skipped"
         )
 
 

@@ -40,17 +40,17 @@ from posttrain.training.forward import (
     prepare_model,
     verify_packing,
 )
-from posttrain.training.gradients import GradientComparison, asked, by_part
+from posttrain.training.gradients import GradientComparison, asked, cut
 from posttrain.training.health import (
-    METRIC_NAMES,
     MISMATCH,
     WeightsWatch,
     check_sync,
     finite_gradients,
     refuse_bad_loss,
     rollout_metrics,
+    update_metrics,
 )
-from posttrain.training.losses import Denominators, Stats, mean_stats, merge_stats
+from posttrain.training.losses import Denominators, Stats, merge_stats
 from posttrain.training.objective import member_counts, objective
 from posttrain.training.tally import Tally
 
@@ -190,7 +190,7 @@ class PolicyTrainer(Trainer):
             step=step,
             version=pending.version,
             stale=stale,
-            micro_batches=self._cut(rows, [term.name for term in terms], self._comparison),
+            micro_batches=cut(rows, terms, self._comparison, self._micro_batches),
             channels={channel.name: channel.weight for channel in channels},
             terms={term.name: term.weight for term in terms},
             denominators=self._denominators(rows, channels, terms),
@@ -301,17 +301,6 @@ class PolicyTrainer(Trainer):
         most = max(int(self.accelerator.gather(count).max()), 1)
         return micro_batches + [[empty_row()]] * (most - len(micro_batches))
 
-    def _cut(
-        self, rows: Sequence[TrainRow], terms: Sequence[str], comparison: GradientComparison | None
-    ) -> list[list[TrainRow]]:
-        """The micro-batches of an update; those of a step with a comparison are each of one part of the loss."""
-        if comparison is None:
-            return self._micro_batches(rows)
-        comparison.micro_batches = self._micro_batches(comparison.rows)
-        parts = {part: self._micro_batches(own) for part, own in by_part(rows, terms).items()}
-        comparison.parts = [part for part, micro_batches in parts.items() for _ in micro_batches]
-        return [rows for micro_batches in parts.values() for rows in micro_batches]
-
     def _collate(self, rows: Sequence[TrainRow]) -> MicroBatch:
         assert self.packing is not None
         return self.packing.collate(rows, self.accelerator.device)
@@ -411,14 +400,10 @@ class PolicyTrainer(Trainer):
 
     def _record(self, stats: Stats, batch: UpdateBatch, *, first: bool) -> None:
         """Metrics of the update, and the check that the engine had the policy's weights."""
-        values = mean_stats(stats) if stats else {}
-        tokens = values.pop("tokens", 0.0)
-        for key, name in METRIC_NAMES.items():
-            if key in values:
-                batch.metrics.mean(name, values[key], tokens)
+        mismatch = update_metrics(batch.metrics, stats)
         if first and not batch.stale and batch.version <= self.stage.verify_syncs:
             step = self.state.global_step + 1
-            check_sync(values.get("mismatch", 0.0), self.verify_tolerance, step, batch.version)
+            check_sync(mismatch, self.verify_tolerance, step, batch.version)
 
     def before_optimizer_step(self) -> None:
         """Take the gradients away from an optimiser that must not step, and keep what they came from."""
