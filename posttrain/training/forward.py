@@ -13,7 +13,7 @@ import torch
 from posttrain.errors import TrainingError
 from posttrain.rollout.attention import attention_of
 from posttrain.training.batch import MicroBatch, Packing, PaddedPacking, PaddingFreePacking, TrainRow
-from posttrain.training.logprobs import ChunkedHead, Scoring, output_head
+from posttrain.training.logprobs import ChunkedHead, HeadTask, Scoring, output_head
 from posttrain.training.tree import TreePacking, enable_tree, unsupported
 
 logger = logging.getLogger(__name__)
@@ -94,26 +94,36 @@ def policy_logprobs(
     """
     settings = output_head(model)
     scoring = Scoring(
-        micro.places, micro.place_targets, temperature, settings.softcap, settings.scale, train_entropy
+        micro.places,
+        micro.place_targets,
+        temperature,
+        settings.softcap,
+        settings.scale,
+        settings.reserved,
+        train_entropy,
     )
-    scores = _scores(wrapped, model, micro.inputs, scoring)
+    scores = head_outputs(wrapped, model, micro.inputs, scoring)
     logprobs, entropy = scores.index_select(0, micro.prediction).unbind(-1)
     return logprobs, entropy if train_entropy else entropy.detach()
 
 
-def _scores(wrapped: Any, model: Any, inputs: dict[str, Any], scoring: Scoring) -> torch.Tensor:
-    """Log-probs and entropies [U, 2], as the head gave them: some models change what comes out of it."""
+def head_outputs(wrapped: Any, model: Any, inputs: dict[str, Any], task: HeadTask) -> torch.Tensor:
+    """What the head of `model`, after `prepare_model`, gives for a task: [U, any].
+
+    As the head gave it: some models change what comes out of it. `wrapped` is what the launcher made of the
+    model.
+    """
     caught: list[torch.Tensor] = []
     heads = _heads(model)
     # Hooks come last, so that the output caught is the one that a launcher's own hooks have returned.
     hooks = [head.register_forward_hook(lambda module, args, output: caught.append(output)) for head in heads]
     for head in heads:
-        head.scoring = scoring
+        head.task = task
     try:
         output = wrapped(**inputs, use_cache=False)
     finally:
         for head, hook in zip(heads, hooks, strict=True):
-            head.scoring = None
+            head.task = None
             hook.remove()
     return _Tied.apply(caught[-1], output.logits)[0]
 
@@ -149,7 +159,7 @@ def verify_packing(wrapped: Any, model: Any, packing: Packing, device: torch.dev
     """
     base = _base(model)
     config = base.config.get_text_config()
-    rows = _probe(config.vocab_size)
+    rows = _probe(config.vocab_size, output_head(model).reserved)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -175,9 +185,10 @@ def verify_packing(wrapped: Any, model: Any, packing: Packing, device: torch.dev
     return fallback
 
 
-def _probe(vocab_size: int) -> list[TrainRow]:
-    """Two trees of made-up sequences, one of them with forks of forks."""
-    tokens = np.random.default_rng(0).integers(vocab_size, size=(6, 24)).tolist()
+def _probe(vocab_size: int, reserved: slice | None) -> list[TrainRow]:
+    """Two trees of made-up sequences of tokens that are not reserved, one of them with forks of forks."""
+    used = np.delete(np.arange(vocab_size), reserved or [])
+    tokens = used[np.random.default_rng(0).integers(len(used), size=(6, 24))].tolist()
     stem = tokens[0]
     sequences = [stem, stem[:8] + tokens[1], stem[:8] + tokens[1][:5] + tokens[2][:9], tokens[3], stem[:16]]
     sequences += [stem[:16] + tokens[4][:7], tokens[3][:4] + tokens[5]]
@@ -191,14 +202,23 @@ def _check_head(wrapped: Any, model: Any, padded: MicroBatch) -> tuple[torch.Ten
         TrainingError: they differ.
     """
     settings = output_head(model)
-    scoring = Scoring(padded.places, padded.place_targets, softcap=settings.softcap, scale=settings.scale)
-    ours = _scores(wrapped, model, padded.inputs, scoring)[:, 0]
+    scoring = Scoring(
+        padded.places,
+        padded.place_targets,
+        softcap=settings.softcap,
+        scale=settings.scale,
+        reserved=settings.reserved,
+    )
+    ours = head_outputs(wrapped, model, padded.inputs, scoring)[:, 0]
     logits = wrapped(**padded.inputs, use_cache=False).logits.flatten(0, 1)[padded.places].float()
+    largest = float(logits.abs().max())
+    if settings.reserved is not None:
+        logits[:, settings.reserved] = -torch.inf
     theirs = torch.log_softmax(logits, -1).gather(1, padded.place_targets[:, None])[:, 0]
     assert scoring.dtype is not None
     rounding = max(TOLERANCE, 6 * torch.finfo(scoring.dtype).eps)
     difference = float((ours - theirs).abs().mean())
-    if not difference <= rounding * max(1.0, float(logits.abs().max())):
+    if not difference <= rounding * max(1.0, largest):
         raise TrainingError(
             f"the output head of {type(_base(model)).__name__} is not a linear layer with the scale and cap "
             f"of its config: log-probs differ by {difference:.3f} nats"

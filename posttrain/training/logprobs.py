@@ -7,16 +7,22 @@ and [N, H] tensors are kept in between.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from posttrain.errors import TrainingError
+from posttrain.rollout.tokens import reserved_ids
 
 CHUNK_BYTES = 128 * 2**20
 """Size of one chunk's logits in float32: 220 tokens of a vocabulary of 152k. Two to four tensors of this size
 exist at the peak, which is small beside any model that has such a vocabulary."""
+
+EXCLUDED = -1e4
+"""Logit of a token that has no part in a distribution: its probability is exactly 0, and the products with it
+stay finite."""
 
 
 def chunk_tokens(vocab_size: int, element_bytes: int = 4, budget: int = CHUNK_BYTES) -> int:
@@ -26,12 +32,16 @@ def chunk_tokens(vocab_size: int, element_bytes: int = 4, budget: int = CHUNK_BY
 
 @dataclass(frozen=True)
 class OutputHead:
-    """How a model turns hidden states into logits: `softcap·tanh(scale·(h Wᵀ + b) / softcap)`."""
+    """How a model turns hidden states into logits: `softcap·tanh(scale·(h Wᵀ + b) / softcap)`.
+
+    Tokens from `reserved.start` to `reserved.stop` are forecasts, not text: they have no part in the softmax.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    reserved: slice | None = None
 
 
 def output_head(model: Any) -> OutputHead:
@@ -57,19 +67,35 @@ def output_head(model: Any) -> OutputHead:
             scale = 1.0 / value if inverted else float(value)
             break
     softcap = getattr(config, "final_logit_softcapping", None)
-    return OutputHead(head.weight, getattr(head, "bias", None), softcap, scale)
+    ids = reserved_ids(model.config)
+    reserved = slice(ids[0], ids[-1] + 1) if ids else None
+    return OutputHead(head.weight, getattr(head, "bias", None), softcap, scale, reserved)
+
+
+class HeadTask(Protocol):
+    """What a `ChunkedHead` is asked for during one forward pass, in place of logits.
+
+    Attributes:
+        places: [N] which of the hidden states, counted over batch and length.
+        dtype: set by the head: the type that the model computes in, for who must know how it rounds.
+    """
+
+    places: torch.Tensor
+    dtype: torch.dtype | None
+
+    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Whatever is asked for, [N, any], from hidden states [N, H] and the head's parameters."""
 
 
 @dataclass
 class Scoring:
-    """What a `ChunkedHead` is asked for during one forward pass.
+    """Log-probs of the tokens that follow, and entropies: [N, 2].
 
     Attributes:
-        places: [N] which of the hidden states, counted over batch and length.
+        places: see `HeadTask`, as for `dtype`.
         targets: [N] the tokens they predict.
-        temperature: see `chunked_logprobs`, as for `softcap` and `scale`.
+        temperature: see `chunked_logprobs`, as for `softcap`, `scale` and `reserved`.
         train_entropy: whether the entropies get a gradient.
-        dtype: set by the head: the type that the model computes in, for who must know how it rounds.
     """
 
     places: torch.Tensor
@@ -77,16 +103,31 @@ class Scoring:
     temperature: float = 1.0
     softcap: float | None = None
     scale: float = 1.0
+    reserved: slice | None = None
     train_entropy: bool = False
     dtype: torch.dtype | None = None
 
+    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See `HeadTask`."""
+        logprobs, entropy = chunked_logprobs(
+            hidden,
+            weight,
+            self.targets,
+            temperature=self.temperature,
+            bias=bias,
+            softcap=self.softcap,
+            scale=self.scale,
+            reserved=self.reserved,
+        )
+        return torch.stack([logprobs, entropy if self.train_entropy else entropy.detach()], -1)
+
 
 class ChunkedHead(torch.nn.Linear):
-    """An output head that can give log-probs instead of logits.
+    """An output head that can give something else than logits: log-probs, or what another task asks for.
 
     It holds the parameters of the layer it replaces. Being called inside the model's forward, it finds its
     weight whole where a launcher shards it (FSDP, ZeRO-3): their hooks gather it around this module's forward
-    and backward. Without `scoring` it is the linear layer it replaces.
+    and backward. Without a `task` it is the linear layer it replaces.
     """
 
     def __init__(self, head: torch.nn.Linear):
@@ -96,30 +137,20 @@ class ChunkedHead(torch.nn.Linear):
         if has_bias:
             self.bias = head.bias
         self.train(head.training)
-        self.scoring: Scoring | None = None
+        self.task: HeadTask | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of hidden states [..., H]; with `scoring`, log-probs and entropies [1, N, 2]."""
-        scoring = self.scoring
-        if scoring is None:
+        """Logits [..., V] of hidden states [..., H]; with a `task`, what that gives, [1, N, any]."""
+        task = self.task
+        if task is None:
             return super().forward(hidden)
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
-        scoring.dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
-        logprobs, entropy = chunked_logprobs(
-            hidden.flatten(0, -2).index_select(0, scoring.places),
-            self.weight,
-            scoring.targets,
-            temperature=scoring.temperature,
-            bias=self.bias,
-            softcap=scoring.softcap,
-            scale=scoring.scale,
-        )
-        if not scoring.train_entropy:
-            entropy = entropy.detach()
+        task.dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
         # One tensor, because models go on computing with what their head returns; not a view, which FSDP
         # warns of.
-        return torch.stack([logprobs[None], entropy[None]], -1)
+        answer = task(hidden.flatten(0, -2).index_select(0, task.places), self.weight, self.bias)
+        return torch.stack([answer])
 
 
 def chunked_logprobs(
@@ -131,6 +162,7 @@ def chunked_logprobs(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    reserved: slice | None = None,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of `targets` and entropies of the next-token distributions, in nats.
@@ -147,21 +179,22 @@ def chunked_logprobs(
         bias: [V], of heads that have one.
         softcap: final logit soft-capping.
         scale: factor of the logits before the cap.
+        reserved: tokens that have no part in the distribution.
         chunk_size: tokens whose logits exist together; None takes as many as `CHUNK_BYTES` holds.
 
     Returns:
         (logprobs, entropy), each [N] float32 (float64 for float64 inputs). On CUDA the factors of a product
         have the type of the inputs, or autocast's; the logits and the sums of gradients are float32 anywhere.
     """
-    dtype = _factor_dtype(hidden, weight)
+    dtype = factor_dtype(hidden, weight)
     if chunk_size is None:
         chunk_size = chunk_tokens(weight.shape[0], torch.promote_types(dtype, torch.float32).itemsize)
-    logits = _Logits(dtype, scale, softcap, 1.0 / temperature)
+    logits = ChunkLogits(dtype, scale, softcap, 1.0 / temperature, reserved)
     with torch.autocast(hidden.device.type, enabled=False):
         return _ChunkedLogprobs.apply(hidden, weight, bias, targets, logits, chunk_size)
 
 
-def _factor_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+def factor_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     """Type of the factors of products: half precision only where the product can come out in float32."""
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
@@ -190,35 +223,83 @@ def _accumulate_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -
 
 
 @dataclass(frozen=True)
-class _Logits:
-    """Tempered logits of a chunk and their gradient with respect to the head's raw product."""
+class ChunkLogits:
+    """Tempered logits of a chunk and their gradient with respect to the head's raw product.
+
+    Attributes:
+        dtype: of the factors of products, see `factor_dtype`.
+        scale: see `OutputHead`, as for `softcap` and `reserved`.
+        inverse_temperature: of the distribution.
+    """
 
     dtype: torch.dtype
-    scale: float
-    softcap: float | None
-    inverse_temperature: float
+    scale: float = 1.0
+    softcap: float | None = None
+    inverse_temperature: float = 1.0
+    reserved: slice | None = None
 
     def forward(
         self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits [n, V] and, with a soft cap, tanh [n, V] for the backward pass; `weight` in `self.dtype`."""
-        z = _product(hidden.to(self.dtype), weight.t())
+        z, tanh = _product(hidden.to(self.dtype), weight.t()), None
         if bias is not None:
             z.add_(bias)
-        if self.softcap is None:
-            if (factor := self.scale * self.inverse_temperature) != 1.0:
-                z.mul_(factor)
-            return z, None
-        tanh = z.mul_(self.scale / self.softcap).tanh_()
-        return tanh * (self.softcap * self.inverse_temperature), tanh
+        if self.softcap is not None:
+            tanh = z.mul_(self.scale / self.softcap).tanh_()
+            z = tanh * (self.softcap * self.inverse_temperature)
+        elif (factor := self.scale * self.inverse_temperature) != 1.0:
+            z.mul_(factor)
+        if self.reserved is not None:
+            z[:, self.reserved] = EXCLUDED
+        return z, tanh
 
     def backward_(self, grad: torch.Tensor, tanh: torch.Tensor | None) -> torch.Tensor:
-        """Turn the gradient of the tempered logits into that of the raw product, in place."""
+        """Turn the gradient of the tempered logits into that of the raw product, in place.
+
+        Reserved tokens have none in either: their probability is 0.
+        """
         if tanh is not None:
             grad.mul_(tanh.square_().neg_().add_(1.0))
         if (factor := self.scale * self.inverse_temperature) != 1.0:
             grad.mul_(factor)
         return grad
+
+    def parameter_gradients(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        needed: tuple[bool, ...],
+        chunk_size: int,
+        gradient: Callable[[slice, torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Gradients with respect to `hidden`, `weight` and `bias`, as far as `needed`, chunk by chunk.
+
+        `gradient` gives that of the tempered logits [n, V] of some rows; it may overwrite the logits.
+        """
+        cast_weight = weight.to(self.dtype)
+        sum_dtype = torch.promote_types(self.dtype, torch.float32)
+        grad_hidden = torch.zeros_like(hidden) if needed[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needed[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if bias is not None and needed[2] else None
+        for start in range(0, len(hidden), chunk_size):
+            rows = slice(start, start + chunk_size)
+            with torch.autocast(hidden.device.type, enabled=False):
+                z, tanh = self.forward(hidden[rows], cast_weight, bias)
+                dz = self.backward_(gradient(rows, z), tanh)
+                if grad_bias is not None:
+                    grad_bias += dz.sum(0)
+                dz = dz.to(self.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = _product(dz, cast_weight)
+                if grad_weight is not None:
+                    _accumulate_product(grad_weight, dz.t(), hidden[rows].to(self.dtype))
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -229,7 +310,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        logits: _Logits,
+        logits: ChunkLogits,
         chunk_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # An entropy that is only logged then brings no gradient at all, instead of one of zeros.
@@ -262,39 +343,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 6
         hidden, weight, bias, targets, log_norm, entropy = ctx.saved_tensors
-        logits: _Logits = ctx.logits
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        cast_weight = weight.to(logits.dtype)
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=log_norm.dtype) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=log_norm.dtype) if need_bias else None
-        for start in range(0, len(hidden), ctx.chunk_size):
-            rows = slice(start, start + ctx.chunk_size)
-            with torch.autocast(hidden.device.type, enabled=False):
-                z, tanh = logits.forward(hidden[rows], cast_weight, bias)
-                dz = _logit_gradient_(
-                    z.sub_(log_norm[rows, None]),
-                    targets[rows],
-                    None if grad_logprobs is None else grad_logprobs[rows],
-                    None if grad_entropy is None else grad_entropy[rows],
-                    entropy[rows],
-                )
-                dz = logits.backward_(dz, tanh)
-                if grad_bias is not None:
-                    grad_bias += dz.sum(0)
-                dz = dz.to(logits.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[rows] = _product(dz, cast_weight)
-                if grad_weight is not None:
-                    _accumulate_product(grad_weight, dz.t(), hidden[rows].to(logits.dtype))
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+
+        def gradient(rows: slice, z: torch.Tensor) -> torch.Tensor:
+            return _logit_gradient_(
+                z.sub_(log_norm[rows, None]),
+                targets[rows],
+                None if grad_logprobs is None else grad_logprobs[rows],
+                None if grad_entropy is None else grad_entropy[rows],
+                entropy[rows],
+            )
+
+        needed = ctx.needs_input_grad[:3]
+        gradients = ctx.logits.parameter_gradients(hidden, weight, bias, needed, ctx.chunk_size, gradient)
+        return (*gradients, None, None, None)
 
 
 def _logit_gradient_(

@@ -16,6 +16,7 @@ from posttrain.training import logprobs as module
 from posttrain.training.batch import PaddedPacking, TrainRow
 from posttrain.training.forward import choose_packing, policy_logprobs, prepare_model, verify_packing
 from posttrain.training.logprobs import OutputHead, chunk_tokens, chunked_logprobs, output_head
+from posttrain.zip_rc.grid import OUTCOMES, Grid
 
 
 def plain(hidden, weight, targets, *, temperature=1.0, bias=None, softcap=None, scale=1.0):
@@ -421,4 +422,44 @@ def test_the_scores_come_through_every_hook_and_the_models_output():
     torch.testing.assert_close(doubled, 2.0 * expected, rtol=1e-5, atol=1e-5)
     doubled.sum().backward()
     assert len(seen) == 1
-    assert model.lm_head.scoring is None
+    assert model.lm_head.task is None
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_reserved_tokens_have_no_part_in_the_distribution(softcap):
+    """Log-probs, entropies and gradients are those of a head without the reserved rows."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(size, 8, generator=generator, dtype=torch.float64) for size in (7, 30))
+    targets = torch.tensor([0, 1, 9, 22, 29, 5, 20])
+    kept = torch.tensor([*range(10), *range(20, 30)])
+    outcomes = []
+    for rows, reserved, wanted in (
+        (weight, slice(10, 20), targets),
+        (weight[kept], None, torch.where(targets < 10, targets, targets - 10)),
+    ):
+        leaves = hidden.clone().requires_grad_(), rows.clone().requires_grad_()
+        logprobs, entropy = chunked_logprobs(
+            *leaves, wanted, temperature=0.7, softcap=softcap, reserved=reserved, chunk_size=3
+        )
+        (logprobs.sum() + 30 * entropy.square().sum()).backward()
+        outcomes.append([logprobs, entropy, *(leaf.grad for leaf in leaves)])
+    assert not outcomes[0][3][10:20].any()
+    outcomes[0][3] = outcomes[0][3][kept]
+    for with_rows, without in zip(*outcomes, strict=True):
+        torch.testing.assert_close(with_rows, without)
+
+
+def test_the_policy_of_a_model_with_forecasts_excludes_them():
+    plain, model = tiny("Qwen2"), tiny("Qwen2")
+    model.config.zip_rc = Grid(20, OUTCOMES, (0, 4, 8)).to_config()
+    assert output_head(model).reserved == slice(20, 24)
+    for policy in (plain, model):
+        prepare_model(policy)
+    ours, _ = scores(model, [1, 5, 9])
+    with torch.no_grad():
+        logits = plain(torch.tensor([[1, 5, 9]])).logits[0, :-1]
+    logits[:, 20:24] = -torch.inf
+    expected = logits.log_softmax(-1).gather(1, torch.tensor([[5], [9]]))[:, 0]
+    torch.testing.assert_close(ours, expected)
+    packing = verify_packing(model, model, choose_packing(model), torch.device("cpu"))
+    assert packing.name == "tree"
