@@ -178,6 +178,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, phase: Phase, outp
     stage = SftStage(
         max_steps=phase.steps,
         batch_size=64,
+        group_by_length=True,
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=phase.steps // 20),
         log_every=25,
     )

@@ -91,6 +91,8 @@ class SftStage(Section):
     """Rows of one forward pass on one device; None is all of the device's share."""
     max_length: int | None = Field(default=None, ge=2)
     """Longer rows are an error; None is the model's context."""
+    group_by_length: bool = False
+    """Batches of rows of like length, which leaves little padding; short and long batches alternate."""
     optimizer: OptimizerConfig = OptimizerConfig.model_construct(**SFT_OPTIMIZER)
     """Defaults here: learning rate 1e-5 and a cosine schedule, since supervised losses bear larger steps
     and the number of rows is known in advance."""

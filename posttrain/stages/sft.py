@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from posttrain.rollout.tools_format import ToolFormat
 from posttrain.rollout.types import Example
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.arguments import batch_arguments, optimizer_arguments
+from posttrain.training.batching import grouped_order
 from posttrain.training.checkpoint import Checkpointer
 from posttrain.training.distributed import check_backend
 from posttrain.training.load import compute_dtype, load_policy
@@ -56,16 +58,21 @@ def finetune(
     encode = encode or partial(encode_demonstration, tokenizer=tokenizer)
     rows = [dict(encode(example)) for example in examples]
     limit = stage.max_length or model.config.max_position_embeddings
-    for example, row in zip(examples, rows, strict=True):
-        length = _length(row, tokenizer)
+    lengths = [_length(row, tokenizer) for row in rows]
+    for example, length in zip(examples, lengths, strict=True):
         if length > limit:
             raise DataError(f"demonstration {example.id!r} has {length} tokens; max_length is {limit}")
+    steps = stage.max_steps or math.ceil(stage.epochs * len(rows) / stage.batch_size)
+    dataset = Dataset.from_list(rows)
+    if stage.group_by_length:
+        dataset = dataset.select(grouped_order(lengths, stage.batch_size, steps * stage.batch_size, seed))
 
     arguments = SFTConfig(
         output_dir=str(output_dir),
         **batch_arguments(stage.batch_size, stage.micro_batch_size, "sft"),
         num_train_epochs=stage.epochs,
-        max_steps=stage.max_steps or -1,
+        max_steps=steps if stage.group_by_length else stage.max_steps or -1,
+        train_sampling_strategy="sequential" if stage.group_by_length else "random",
         max_length=None,
         completion_only_loss=True,
         gradient_checkpointing=False,
@@ -80,7 +87,7 @@ def finetune(
     trainer = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=[metrics],
     )
