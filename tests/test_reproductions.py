@@ -26,6 +26,24 @@ def test_paired_interval_by_hand():
     assert common.paired_interval([1], [2]) == (-math.inf, math.inf)
 
 
+def write_run(folder, tokens, saved):
+    """What is read of a run that sampled so many tokens a step and saved models after some."""
+    (folder / "models" / "01-train").mkdir(parents=True)
+    for step in saved:
+        (folder / "checkpoints" / "01-train" / f"step-{step}").mkdir(parents=True)
+    lines = [{"step": step, "tokens/sampled": count} for step, count in enumerate(tokens, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_models_at_equal_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "model_of", lambda folder: str(folder / "models" / "01-train"))
+    write_run(tmp_path / "short", [100, 80, 60], saved=[1, 2])
+    write_run(tmp_path / "long", [100, 100, 100, 100], saved=[1, 2, 3])
+    short, long = common.at_equal_tokens([tmp_path / "short", tmp_path / "long"])
+    assert short == common.Saved(tmp_path / "short" / "models" / "01-train", 240, True)
+    assert long == common.Saved(tmp_path / "long" / "checkpoints" / "01-train" / "step-2", 200, False)
+
+
 @pytest.mark.parametrize(
     ("prompt", "family"), [("<|user|>7+5=", "easy"), ("48+37=", "medium"), ("482*37=", "hard")]
 )
@@ -64,11 +82,12 @@ def test_hdpo_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RUNS", tmp_path)
     reproduce.main(["hdpo", "--fast"])
     result = json.loads((tmp_path / "hdpo-fast.json").read_text())
-    assert set(result["arms"]) == {"cold start", "grpo", "hdpo 0.15", "coupled 0.02 (noisy)"}
-    assert len(result["claims"]) == 8
+    arms = {"cold start", "grpo", "hdpo 0.15", "coupled 0.02 (noisy)"}
+    assert set(result["arms"]) == arms | {"grpo, equal tokens", "hdpo 0.15, equal tokens"}
+    assert len(result["claims"]) == 9
     assert all(0 <= arm["use/easy"][0] <= 1 for arm in result["arms"].values())
     folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
-    assert len(folders) == 4
+    assert len(folders) == 4  # of one step, nothing was saved on the way
     written = (tmp_path / folders[0] / "summary.json").stat().st_mtime_ns
     reproduce.main(["hdpo", "--fast"])  # what is there is kept
     assert (tmp_path / folders[0] / "summary.json").stat().st_mtime_ns == written

@@ -10,10 +10,11 @@ A reproduction is a module beside this one with
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,44 @@ def model_of(folder: Path) -> str:
 def metric(folder: Path, stage: int, name: str) -> float:
     """The value of a metric in a run's evaluation number `stage`, which may be negative."""
     return float(summary(folder)["evaluations"][stage]["metrics"][name]["value"])
+
+
+def tokens_by_step(folder: Path) -> dict[int, float]:
+    """What a run's training had sampled after each of its steps, the methods' follow-ups included."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "tokens/sampled" in line]
+    return dict(
+        zip(
+            [line["step"] for line in trained],
+            itertools.accumulate(line["tokens/sampled"] for line in trained),
+            strict=True,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model that a run saved: while it trained, when it had sampled so many tokens, or at its end."""
+
+    model: Path
+    tokens: float
+    is_last: bool
+
+
+def saved_at(folder: Path, tokens: float) -> Saved:
+    """The model of a run that was saved nearest to when it had sampled so many tokens."""
+    spent = tokens_by_step(folder)
+    last = max(spent)
+    found = {int(path.name.removeprefix("step-")): path for path in (folder / "checkpoints").glob("*/step-*")}
+    found[last] = Path(model_of(folder))
+    step = min(found, key=lambda step: (abs(spent[step] - tokens), -step))
+    return Saved(found[step], spent[step], step == last)
+
+
+def at_equal_tokens(folders: Sequence[Path]) -> list[Saved]:
+    """A model of each of several runs, when it had sampled as much as the run that sampled the least."""
+    least = min(max(tokens_by_step(folder).values()) for folder in folders)
+    return [saved_at(folder, least) for folder in folders]
 
 
 def claim(

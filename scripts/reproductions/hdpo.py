@@ -1,8 +1,10 @@
 """HDPO on recipes/tiny/hdpo.yaml against accuracy alone and against rewards that include the tool's cost.
 
-Every arm starts from the same cold start of its seed and has the same prompts, completions and updates. The
-noisy arms are trained with a verifier that is wrong about 30 % of the completions, and judged with the right
-one. An arm passes if, on problems it has not seen, it
+Every arm starts from the same cold start of its seed and has the same prompts, completions and updates; HDPO
+and accuracy alone are compared at equal sampled tokens, too. The noisy arms are trained with a verifier that
+is wrong about 30 % of the completions, and judged with the right one. A coupled reward that fails with the
+right verifier is not tried with the noisy one, and variants of HDPO, about which nothing is claimed, have one
+seed. An arm passes if, on problems it has not seen, it
 
     calls on at most 10 % of the easy problems and on at least 90 % of the hard ones,
     is at most 2 points less accurate than accuracy alone with the same verifier,
@@ -13,12 +15,13 @@ one. An arm passes if, on problems it has not seen, it
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from reproductions import common
-from reproductions.common import ROOT, claim, model_of, paired_interval, run, summary
+from reproductions.common import ROOT, Saved, at_equal_tokens, claim, model_of, paired_interval, run, summary
 
 from posttrain.data.calculator import FAMILIES
 from posttrain.data.sources import load_examples
@@ -42,8 +45,8 @@ SEEDS = (0, 1, 2)
 PROCESSES = 2
 """Runs at a time; each computes in one thread."""
 RECIPE = ROOT / "recipes" / "tiny" / "hdpo.yaml"
-COLD_START, TRAINING = slice(0, 3), slice(3, 5)
-"""Stages of the recipe: up to the evaluation before, and from there on."""
+COLD_START, TRAINING, EVALUATION = slice(0, 3), slice(3, 5), slice(4, 5)
+"""Stages of the recipe: up to the evaluation before, from there on, and the evaluation after alone."""
 DIRECT_ANSWERS = 8
 FAST = (
     "stages[0].sft.max_steps=2",
@@ -93,59 +96,78 @@ class Arm:
 
 GRPO = Arm("grpo")
 HDPO = Arm("hdpo 0.15", method={"weight": 0.15})
+COMPARED = (GRPO, HDPO)
+"""Arms that save models on the way."""
 COUPLED = (
     *(Arm(f"coupled {weight:g}", {"tool_economy": weight}) for weight in (0.02, 0.15, 2.0)),
-    *(Arm(f"penalty {weight:g}", {"tool_calls": -weight}) for weight in (0.02, 0.5)),
+    Arm("penalty 0.5", {"tool_calls": -0.5}),
 )
 VARIANTS = (
     Arm("unconditional 0.15", method={"weight": 0.15, "conditional": False}),
     Arm("hdpo qualifying 0.15", method={"weight": 0.15, "normalizer": "qualifying"}),
     Arm("hdpo advantage 0.15", method={"weight": 0.15, "combine": "advantage"}),
 )
-ARMS = {False: (GRPO, *COUPLED, HDPO, *VARIANTS), True: (GRPO, *COUPLED, HDPO)}
-"""Arms by whether the verifier is noisy."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: an arm, its verifier and its seed; without an arm the cold start."""
+    """One run: an arm, its verifier and its seed; without an arm the cold start.
+
+    With `saved` a model is measured that the arm saved on the way.
+    """
 
     seed: int
     fast: bool
     arm: Arm | None = None
     noisy: bool = False
     runs: Path = Path("runs")
+    saved: Saved | None = None
 
     @property
     def name(self) -> str:
         """Of the run's folder."""
         arm = "cold-start" if self.arm is None else self.arm.name.replace(" ", "-")
-        return (
-            f"reproduce-hdpo-{arm}{'-noisy' if self.noisy else ''}{'-fast' if self.fast else ''}-{self.seed}"
-        )
+        kind = ("-noisy" if self.noisy else "") + ("-fast" if self.fast else "")
+        place = f"-{self.saved.model.name}" if self.saved else ""
+        return f"reproduce-hdpo-{arm}{kind}-{self.seed}{place}"
 
 
 def measure(seeds: Sequence[int], fast: bool) -> dict[str, Any]:
     """All arms on all seeds, `PROCESSES` at a time. With `fast` three arms, here."""
-    arms = {False: (GRPO, HDPO), True: (COUPLED[0],)} if fast else ARMS
-    starts = [Job(seed, fast, runs=common.RUNS) for seed in seeds]
-    jobs = [
-        Job(seed, fast, arm, noisy, common.RUNS)
-        for noisy, listed in arms.items()
-        for seed in seeds
-        for arm in listed
-    ]
     if fast:
-        before, after = [do(job) for job in starts], [do(job) for job in jobs]
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
-            before = list(pool.map(do, starts))
-            after = list(pool.map(do, jobs))
+        return measure_arms(seeds, True, lambda jobs: [do(job) for job in jobs])
+    with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return measure_arms(seeds, False, lambda jobs: list(pool.map(do, jobs)))
+
+
+def measure_arms(
+    seeds: Sequence[int], fast: bool, do_all: Callable[[Sequence[Job]], list[Measured]]
+) -> dict[str, Any]:
+    """One round after another: cold starts, arms, the coupled rewards that are left, equal tokens."""
     table: dict[tuple[str, bool], list[Measured]] = {}
-    for job, measured in zip(jobs, after, strict=True):
+
+    def fill(arms: Sequence[tuple[Arm, bool]], seeds: Sequence[int]) -> None:
+        jobs = [Job(seed, fast, arm, noisy, common.RUNS) for arm, noisy in arms for seed in seeds]
+        for job, measured in zip(jobs, do_all(jobs), strict=True):
+            assert job.arm is not None
+            table.setdefault((job.arm.name, job.noisy), []).append(measured)
+
+    before = do_all([Job(seed, fast, runs=common.RUNS) for seed in seeds])
+    coupled = COUPLED[:0] if fast else COUPLED
+    both = (False,) if fast else (False, True)
+    fill([(arm, noisy) for noisy in both for arm in COMPARED] + [(arm, False) for arm in coupled], seeds)
+    grpo = table[GRPO.name, False]
+    left = [arm for arm in coupled if all(criteria(table[arm.name, False], grpo).values())]
+    fill([(arm, True) for arm in (COUPLED[:1] if fast else left)], seeds)
+    fill([(arm, False) for arm in (() if fast else VARIANTS)], seeds[:1])
+    even: list[Job] = []
+    for noisy, seed in itertools.product(both, seeds):
+        pair = [Job(seed, fast, arm, noisy, common.RUNS) for arm in COMPARED]
+        found = at_equal_tokens([job.runs / job.name for job in pair])
+        even += [replace(job, saved=saved) for job, saved in zip(pair, found, strict=True)]
+    for job, measured in zip(even, do_all(even), strict=True):
         assert job.arm is not None
-        table.setdefault((job.arm.name, job.noisy), []).append(measured)
+        table.setdefault((f"{job.arm.name}, equal tokens", job.noisy), []).append(measured)
     return report(before, table)
 
 
@@ -160,8 +182,17 @@ def do(job: Job) -> Measured:
         if job.arm is None:
             folder = run(RECIPE, job.name, overrides, COLD_START)
             return measure_run(folder, "03-before")
+        overrides += job.arm.overrides(job.noisy)
+        if job.saved is not None and job.saved.is_last:
+            return measure_run(job.runs / replace(job, saved=None).name, "02-after")
+        if job.saved is not None:
+            folder = run(RECIPE, job.name, [*overrides, f"model.path={job.saved.model}"], EVALUATION)
+            measured = measure_run(folder, "01-after")
+            return measured | {"tokens_sampled": measured["tokens_sampled"] + job.saved.tokens}
+        if job.arm in COMPARED:
+            overrides += [f"stages[3].policy.{key}" for key in ("save_steps=5", "keep_checkpoints=20")]
         start = Job(job.seed, job.fast, runs=job.runs)
-        overrides += [f"model.path={model_of(job.runs / start.name)}", *job.arm.overrides(job.noisy)]
+        overrides += [f"model.path={model_of(job.runs / start.name)}"]
         return measure_run(run(RECIPE, job.name, overrides, TRAINING), "02-after")
 
 
@@ -283,6 +314,8 @@ def report(
     easy, kept, hard = of("use/easy", clean), of("use/easy", grpo), of("use/hard", clean)
     gaps = [a - b for a, b in zip(of("accuracy", clean), of("accuracy", grpo), strict=True)]
     interval = paired_interval(of("accuracy", clean), of("accuracy", grpo))
+    even = [of("accuracy", table[f"{arm.name}, equal tokens", False]) for arm in (HDPO, GRPO)]
+    level = [a - b for a, b in zip(*even, strict=True)]
     redundant, ranking = of("redundant", clean), of("auroc", clean)
     listed = {"cold start": list(before)}
     listed |= {name + (" (noisy)" if noisy else ""): list(rows) for (name, noisy), rows in table.items()}
@@ -302,6 +335,13 @@ def report(
                 gaps,
                 statistics.mean(gaps) >= -0.02,
                 interval=interval,
+            ),
+            claim(
+                "accuracy of hdpo minus that of accuracy alone, equal sampled tokens",
+                ">= -0.02",
+                level,
+                statistics.mean(level) >= -0.02,
+                interval=paired_interval(*even),
             ),
             claim("hdpo repeats a call", "<= 0.02", redundant, statistics.mean(redundant) <= 0.02),
             claim("AUROC of answering directly", ">= 0.90", ranking, statistics.mean(ranking) >= 0.90),

@@ -55,7 +55,7 @@ PROCESSES = 2
 RECIPE = Path(__file__).with_suffix(".yaml")
 HERE = Path(__file__).relative_to(ROOT)
 START = 80
-STEPS = 240
+STEPS = 160
 DIGITS = (1, 1, 1, 3, 3, 4, 4, 4, 6, 6, 7, 7)
 """Digits of a step's problems on average."""
 BASE_STEPS = 1300
