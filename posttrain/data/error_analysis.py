@@ -18,13 +18,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from posttrain.data.experiences import filled
 from posttrain.data.problem import Problem
 from posttrain.recipe.mel_schema import ExperienceFormat
 
 SHORT = ExperienceFormat(
-    analysis="compare {question}\n-{wrong}\n+{right}",
-    replay="{experience}\nsolve {question}",
-    query="recall {question}",
+    analysis="compare {problem}\n-{wrong}\n+{right}",
+    replay="{experience}\nsolve {problem}",
+    query="recall {problem}",
     sections=["at ", ";why ", ";rule "],
 )
 """The format of the rows: short, since the tiny model reads and writes single characters."""
@@ -53,7 +54,7 @@ def error_analysis(
     rule = spoilt(_at(right, parting(wrong, right)), rng) if rng.random() < noise else None
     analysis = write_analysis(wrong, right, rule)
     question = _question(numbers)
-    values = {"question": question, "wrong": write_solution(wrong), "right": write_solution(right)}
+    values = {"problem": question, "wrong": write_solution(wrong), "right": write_solution(right)}
     prompt = filled(SHORT.analysis, values)
     return Problem(question, analysis, analysis, variant=prompt, prompt=prompt)
 
@@ -82,16 +83,10 @@ def error_replay(
     if rng.random() < misled:
         rule = spoilt(rule, rng)
     question = _question(numbers)
-    values = {"question": question, "experience": write_analysis(wrong, right, rule)}
+    values = {"problem": question, "experience": write_analysis(wrong, right, rule)}
     prompt = filled(SHORT.replay, values)
     steps = solve(numbers, rule)
     return Problem(question, str(sum(numbers)), write_solution(steps), variant=prompt, prompt=prompt)
-
-
-def filled(template: str, values: dict[str, str]) -> str:
-    """A template with its slots replaced, in one go: a value may hold what looks like a slot."""
-    pattern = "|".join(re.escape(f"{{{name}}}") for name in values)
-    return re.sub(pattern, lambda match: values[match[0][1:-1]], template)
 
 
 def solve(numbers: Sequence[int], rule: str = "") -> list[str]:

@@ -5,17 +5,16 @@ Everything is looked at offline and without running any code of the recipe's.
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from posttrain.errors import PosttrainError, RecipeError
+from posttrain.recipe.check_methods import method_problems
 from posttrain.recipe.data_schema import SOURCE_KINDS
 from posttrain.recipe.load import LoadedRecipe
 from posttrain.recipe.model_info import read_model_info
@@ -360,9 +359,7 @@ def _policy(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[Finding]:
     if stage.overlap and stage.loss.importance.mode == "none":
         yield f"{key}.overlap", "rollouts of older weights need the correction: loss.importance.mode is none."
     for index, method in enumerate(stage.methods):
-        name = method if isinstance(method, str) else next(iter(method))
-        if (problem := _method_problem(name)) is not None:
-            yield f"{key}.methods[{index}]", problem
+        yield from method_problems(recipe, stage, key, f"methods[{index}]", method)
 
 
 def _decoupled(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[Finding]:
@@ -375,39 +372,6 @@ def _decoupled(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[Finding
         )
     if stage.loss.scale is not None:
         yield f"{key}.loss.scale", "reward_options.combine normalize_then_sum scales advantages itself."
-
-
-def _method_problem(name: str) -> str | None:
-    """What is wrong with a method's name; nothing of it is imported."""
-    place, colon, attribute = name.rpartition(":")
-    if colon and place.endswith(".py"):
-        if not Path(place).is_file():
-            return f"there is no file {place}."
-        try:
-            tree = ast.parse(Path(place).read_bytes())
-        except (SyntaxError, ValueError) as error:
-            return f"{place} is not valid Python: {error}."
-        classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
-        known = f"{place} defines no class {attribute}.{did_you_mean(attribute, classes)}"
-        return None if attribute in classes else known
-    if colon:
-        # Only the top package is looked for: looking deeper would import it.
-        missing = importlib.util.find_spec(place.partition(".")[0]) is None
-        return f"there is no module {place}." if missing else None
-    names = [*builtin_methods(), *(point.name for point in entry_points(group="posttrain.methods"))]
-    if name in names:
-        return None
-    listed = f"there are: {', '.join(names)}" if names else "none is built in or installed"
-    hint = did_you_mean(name, names)
-    return f"no method is called {name}; {listed}.{hint} A class of your own is file.py:Class."
-
-
-def builtin_methods() -> list[str]:
-    """Names of the methods that come with posttrain: one module each."""
-    import posttrain.methods
-
-    folder = Path(posttrain.methods.__path__[0])
-    return sorted(file.stem for file in folder.glob("*.py") if file.stem not in ("__init__", "base"))
 
 
 def _preferences(stage: PreferenceStage, key: str) -> Iterator[Finding]:
