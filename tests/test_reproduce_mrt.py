@@ -36,9 +36,10 @@ def measured(waste, regret, accuracy, tokens):
 def test_verdicts():
     good = [measured(0.1, 0.5 + noise, 0.9, 20) for noise in (0.0, 0.01, 0.02)]
     grpo = [measured(0.4, 0.7 + noise, 0.9, 40) for noise in (0.0, 0.02, 0.01)]
-    made = mrt.report({"cold start": grpo[:1], "grpo": grpo, "mrt online": good})
+    names = ("grpo", "mrt online", "grpo, equal tokens", "mrt online, equal tokens")
+    made = mrt.report({"cold start": grpo[:1], **dict(zip(names, [grpo, grpo, grpo, good], strict=True))})
     assert all(item["holds"] for item in made["claims"])
-    made = mrt.report({"cold start": grpo[:1], "grpo": grpo, "mrt online": grpo})
+    made = mrt.report({"cold start": grpo[:1], **dict.fromkeys(names, grpo)})
     failed = [item["name"] for item in made["claims"] if not item["holds"]]
     assert len(failed) == 4  # waste, both regrets, and the tokens for grpo's accuracy
 
@@ -48,7 +49,8 @@ def test_it_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "RUNS", tmp_path)
     reproduce.main(["mrt", "--fast"])
     result = json.loads((tmp_path / "mrt-fast.json").read_text())
-    assert {"cold start", "grpo", "mrt online", "star"} == set(result["arms"])
+    even = {"grpo, equal tokens", "mrt online, equal tokens"}
+    assert {"cold start", "grpo", "mrt online", "star"} | even == set(result["arms"])
     online = result["arms"]["mrt online"]
     assert online["mrt/telescoping_error"][0] < 1e-6
     assert "Written to" in capsys.readouterr().out

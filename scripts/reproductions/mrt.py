@@ -1,6 +1,7 @@
 """MRT on recipes/tiny/mrt.yaml against the outcome alone, length penalties and STaR.
 
-Every arm starts from the same cold start and has the same prompts, completions and updates. Held-out problems
+Every arm starts from the same cold start and has the same prompts, completions and updates; MRT-online and
+the outcome alone are compared at equal sampled tokens, probes included, too. Held-out problems
 are searched four times each; every search is cut after each of its episodes, where eight answers are forced.
 """
 
@@ -10,9 +11,9 @@ import contextlib
 import json
 import multiprocessing
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from reproductions import common
-from reproductions.common import ROOT, claim, model_of, paired_interval, run, summary
+from reproductions.common import ROOT, Saved, at_equal_tokens, claim, model_of, paired_interval, run, summary
 
 from posttrain.data.search import chance_of_success, waste_of
 from posttrain.data.sources import load_examples
@@ -38,8 +39,8 @@ PROCESSES = 2
 """Runs at a time; each computes in one thread."""
 RECIPE = ROOT / "recipes" / "tiny" / "mrt.yaml"
 STAR_RECIPE = ROOT / "recipes" / "tiny" / "mrt-star.yaml"
-COLD_START, TRAINING, STAR = slice(0, 3), slice(3, 5), slice(2, 5)
-"""Stages of the recipes: up to the evaluation before, and from there on."""
+COLD_START, TRAINING, EVALUATION, STAR = slice(0, 3), slice(3, 5), slice(4, 5), slice(2, 5)
+"""Stages of the recipes: up to the evaluation before, from there on, and the evaluation after alone."""
 BUDGETS = (16, 32, 64, 96, 150)
 SHOWN = (32, 64)
 """Budgets at which the regret has to be lower."""
@@ -97,41 +98,66 @@ BASELINES = (
     Arm("mrt termination baseline", mode="termination_baseline"),
 )
 STARS = (Arm("star", selection="correct"), Arm("mrt-star", selection="best_prefix"))
+COMPARED = (GRPO, ONLINE)
+"""Arms that save models on the way."""
 ARMS = (GRPO, *PENALTIES, ONLINE, EXPLICIT, *BASELINES, *STARS)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: an arm and its seed; without an arm the cold start, which all share."""
+    """One run: an arm and its seed; without an arm the cold start, which all share.
+
+    With `saved` a model is measured that the arm saved on the way.
+    """
 
     seed: int
     fast: bool
     arm: Arm | None = None
     runs: Path = Path("runs")
+    saved: Saved | None = None
 
     @property
     def name(self) -> str:
         """Of the run's folder."""
         arm = "cold-start" if self.arm is None else self.arm.name.replace(" ", "-")
-        return f"reproduce-mrt-{arm}{'-fast' if self.fast else ''}-{self.seed}"
+        place = f"-{self.saved.model.name}" if self.saved else ""
+        return f"reproduce-mrt-{arm}{'-fast' if self.fast else ''}-{self.seed}{place}"
 
 
 def measure(seeds: Sequence[int], fast: bool) -> dict[str, Any]:
     """All arms on all seeds, `PROCESSES` at a time. With `fast` three arms, here."""
-    arms = (GRPO, ONLINE, STARS[0]) if fast else ARMS
-    start = Job(0, fast, runs=common.RUNS)
-    jobs = [Job(seed, fast, arm, common.RUNS) for seed in seeds for arm in arms]
     if fast:
-        before, after = do(start), [do(job) for job in jobs]
-    else:
-        with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
-            before = pool.submit(do, start).result()
-            after = list(pool.map(do, jobs))
-    table: dict[str, list[Measured]] = {"cold start": [before]}
-    for job, measured in zip(jobs, after, strict=True):
+        return measure_arms(seeds, True, lambda jobs: [do(job) for job in jobs])
+    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        return measure_arms(seeds, False, lambda jobs: list(pool.map(do, jobs)))
+
+
+def measure_arms(
+    seeds: Sequence[int], fast: bool, do_all: Callable[[Sequence[Job]], list[Measured]]
+) -> dict[str, Any]:
+    """The cold start, then the arms, then equal tokens."""
+    table = {"cold start": do_all([Job(0, fast, runs=common.RUNS)])}
+    arms = (GRPO, ONLINE, STARS[0]) if fast else ARMS
+    jobs = [Job(seed, fast, arm, common.RUNS) for seed in seeds for arm in arms]
+    even: list[Job] = []
+    for job, measured in zip(jobs, do_all(jobs), strict=True):
         assert job.arm is not None
         table.setdefault(job.arm.name, []).append(measured)
+    for seed in seeds:
+        pair = [Job(seed, fast, arm, common.RUNS) for arm in COMPARED]
+        found = at_equal_tokens([job.runs / job.name for job in pair])
+        even += [replace(job, saved=saved) for job, saved in zip(pair, found, strict=True)]
+    for job, measured in zip(even, do_all(even), strict=True):
+        table.setdefault(even_name(job.arm), []).append(
+            {key: value for key, value in measured.items() if not key.startswith("mrt/")}
+        )
     return report(table)
+
+
+def even_name(arm: Arm | None) -> str:
+    """Of an arm at equal sampled tokens."""
+    assert arm is not None
+    return f"{arm.name}, equal tokens"
 
 
 def do(job: Job) -> Measured:
@@ -150,7 +176,16 @@ def do(job: Job) -> Measured:
             overrides += ["stages[2].star.threshold=0"]  # the model of a fast cold start is never right
         start = Job(0, job.fast, runs=job.runs)
         tokens = load_recipe(recipe, overrides).recipe.rollout.max_tokens
-        overrides += [f"model.path={model_of(job.runs / start.name)}", *job.arm.overrides(tokens)]
+        overrides += job.arm.overrides(tokens)
+        if job.saved is not None and job.saved.is_last:
+            return measure_run(job.runs / replace(job, saved=None).name, probes=False)
+        if job.saved is not None:
+            folder = run(recipe, job.name, [*overrides, f"model.path={job.saved.model}"], EVALUATION)
+            measured = measure_run(folder, probes=False)
+            return measured | {"tokens_sampled": measured["tokens_sampled"] + job.saved.tokens}
+        if job.arm in COMPARED:
+            overrides += [f"stages[3].policy.{key}" for key in ("save_steps=5", "keep_checkpoints=20")]
+        overrides += [f"model.path={model_of(job.runs / start.name)}"]
         return measure_run(run(recipe, job.name, overrides, stages), probes=False)
 
 
@@ -246,7 +281,10 @@ def tokens_needed(curve: Mapping[str, Sequence[float]], accuracy: float) -> floa
 
 
 def report(table: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
-    """Arms and claims; claims on arms that were not trained are left out."""
+    """Arms and claims; claims on arms that were not trained are left out.
+
+    MRT-online and the outcome alone are compared at equal sampled tokens.
+    """
 
     def of(arm: str, key: str) -> list[float]:
         return [row[key] for row in table[arm]]
@@ -254,7 +292,7 @@ def report(table: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
     def wasted(arm: str) -> list[float]:
         return [row["repeated"] + row["fillers"] for row in table[arm]]
 
-    grpo, online = GRPO.name, ONLINE.name
+    grpo, online = (even_name(arm) for arm in COMPARED)
     ratios = [a / max(b, 1e-9) for a, b in zip(wasted(online), wasted(grpo), strict=True)]
     claims = [claim("repeated and filler episodes, online / grpo", "<= 0.5", ratios, max(ratios) <= 0.5)]
     for budget in SHOWN:
@@ -277,12 +315,12 @@ def report(table: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
     claims.append(
         claim("tokens for grpo's final accuracy, grpo / online", ">= 1.5", speed, min(speed) >= 1.5)
     )
-    extra = of(online, "mrt/probe_share")
+    extra = of(ONLINE.name, "mrt/probe_share")
     claims.append(claim("tokens of probes / of traces, online", "<= 0.35", extra, max(extra) <= 0.35))
-    errors = of(online, "mrt/telescoping_error")
+    errors = of(ONLINE.name, "mrt/telescoping_error")
     claims.append(claim("greatest telescoping error", "<= 1e-6", errors, max(errors) <= 1e-6))
     for arm in (arm.name for arm in BASELINES if arm.name in table):
-        gains = [1 - a / b for a, b in zip(of(arm, "regret@64"), of(grpo, "regret@64"), strict=True)]
+        gains = [1 - a / b for a, b in zip(of(arm, "regret@64"), of(GRPO.name, "regret@64"), strict=True)]
         name = f"regret up to 64 tokens, {arm} below grpo by a share of"
         claims.append(
             claim(name, "< 0.10: it only subtracts a baseline", gains, statistics.mean(gains) < 0.1)
