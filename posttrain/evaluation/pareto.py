@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -248,7 +249,7 @@ def measure_pareto(
 
     points: list[Point] = []
     for size in _sizes(samples):
-        fixed = point(BEST_OF, f"N = {size}", lambda group, size=size: best_of(group, grid, size, rng))
+        fixed = point(BEST_OF, f"N = {size}", partial(best_of, grid=grid, size=size, rng=rng))
         votes = majority_at_k_values(
             [[tape.answer for tape in group] for group in tapes],
             [[tape.correct for tape in group] for group in tapes],
@@ -256,9 +257,7 @@ def measure_pareto(
         )
         points += [Point(MAJORITY, fixed.setting, votes, fixed.compute, fixed.latency), fixed]
     for family, setting, policy in policies(config):
-        points.append(
-            point(family, setting, lambda group, policy=policy: replay(policy, group, grid, config.interval))
-        )
+        points.append(point(family, setting, partial(replay, policy, grid=grid, interval=config.interval)))
     order = list(dict.fromkeys(point.family for point in points))
     points.sort(key=lambda point: order.index(point.family))
     wrong = {name: float(np.mean([not tape.correct for tape in group])) for name, group in scored.items()}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -18,6 +19,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from posttrain.errors import DataError
 from posttrain.recipe.schema import ModelConfig, RolloutConfig
 from posttrain.rollout.engine import RolloutEngine
+from posttrain.zip_rc.grid import CONFIG_KEY, Grid, grid_of
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -71,6 +73,30 @@ def load_model(model: ModelConfig, *, trainable: bool = False) -> PreTrainedMode
         return PeftModel.from_pretrained(base, model.adapter, is_trainable=trainable)
     except (OSError, ValueError) as error:
         raise DataError(f"model.adapter: {model.adapter!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_grid(model: ModelConfig) -> Grid:
+    """The grid of a model's forecasts, from its configuration.
+
+    Raises:
+        DataError: nothing at this path, or a model without forecasts.
+    """
+    location = _location(model)
+    try:
+        config = AutoConfig.from_pretrained(
+            location, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"model.path: {model.path!r} has no configuration that can be read: {_first_line(error)}"
+        ) from error
+    grid = grid_of(config)
+    if grid is None:
+        raise DataError(
+            f"model.path: {model.path!r} foresees neither reward nor length: its config.json has no "
+            f"{CONFIG_KEY}. Train it in a stage zip_rc."
+        )
+    return grid
 
 
 def build_engine(

@@ -1,4 +1,6 @@
-"""Order statistics, the sampling utility and the search, on numbers worked out by hand and against Monte Carlo."""
+"""Order statistics, the sampling utility and the search, on numbers worked out by hand and against Monte
+Carlo.
+"""
 
 from __future__ import annotations
 
