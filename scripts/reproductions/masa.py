@@ -45,7 +45,15 @@ from posttrain.recipe.meta_schema import MetaEvaluation, MetaFormat
 from posttrain.recipe.schema import ModelConfig, OptimizerConfig, SftStage
 from posttrain.rollout.build import load_model, load_tokenizer
 from posttrain.rollout.transformers import TransformersEngine
-from posttrain.rollout.types import Example, RolloutRequest, Sampling, derive_seed, make_rollouts
+from posttrain.rollout.types import (
+    Example,
+    Rollout,
+    RolloutBatch,
+    RolloutRequest,
+    Sampling,
+    derive_seed,
+    make_rollouts,
+)
 from posttrain.stages.sft import finetune
 from posttrain.training.self_alignment import Forecast, Solutions
 
@@ -59,7 +67,8 @@ STEPS = 160
 DIGITS = (1, 1, 1, 3, 3, 4, 4, 4, 6, 6, 7, 7)
 """Digits of a step's problems on average."""
 BASE_STEPS = 1300
-HELD_OUT = 60
+HELD_OUT, ELSEWHERE = 60, 40
+"""Problems of the evaluations: with the digits of the training, and with two and five digits."""
 SAMPLES = 16
 NOTIONS = ("carry", "column", "guess", "direct", "modulus", "parity")
 QUESTION = MetaFormat(system=None, template="assess {problem}", min_length=4)
@@ -360,30 +369,43 @@ def evaluate(model_path: Path, fast: bool) -> Measured:
     if path.is_file():
         kept: Measured = json.loads(path.read_text())
         return kept
-    held_out = problems(6 if fast else HELD_OUT, (1, 3, 4, 6, 7), "held-out")
     config = ModelConfig(path=str(model_path))
     tokenizer = load_tokenizer(config)
     samples = 2 if fast else SAMPLES
     meta = MetaEvaluation(samples=samples, max_tokens=24, question=QUESTION)
+    engine = TransformersEngine(load_model(config), tokenizer, batch_size=512)
 
     def encode(example: Example) -> tuple[int, ...]:
         return tuple(tokenizer(example.prompt)["input_ids"])
 
-    requests = [
-        RolloutRequest(
-            encode(e), e, e.id, Sampling(12 if fast else 96, n=samples, seed=derive_seed("evaluate", e.id))
-        )
-        for e in held_out
-    ]
-    engine = TransformersEngine(load_model(config), tokenizer, batch_size=512)
+    def solve(count: int, digits: Sequence[int], name: str) -> tuple[list[RolloutRequest], RolloutBatch]:
+        limit = 12 if fast else 96
+        requests = [
+            RolloutRequest(
+                encode(e), e, e.id, Sampling(limit, n=samples, seed=derive_seed("evaluate", name, e.id))
+            )
+            for e in problems(6 if fast else count, digits, name)
+        ]
+        return requests, make_rollouts(requests, engine.generate(requests), 0)
+
+    requests, solved = solve(HELD_OUT, (1, 3, 4, 6, 7), "held-out")
+    _, elsewhere = solve(ELSEWHERE, (2, 5), "elsewhere")
     asked = questions(requests, meta, encode)
-    solved = make_rollouts(requests, engine.generate(requests), 0)
     told = make_rollouts(asked, engine.generate(asked), 0)
-    outcomes = [r.completion.text.rpartition(ANSWER)[2] == r.request.example.answer for r in solved]
+    outcomes, others = ([is_right(rollout) for rollout in found] for found in (solved, elsewhere))
     found = self_assessment(list(zip(solved, outcomes, strict=True)), told.rollouts, meta)
-    measured = {"pass@1": statistics.mean(outcomes), **found}
+    measured = {
+        "pass@1": statistics.mean(outcomes),
+        "pass@1 elsewhere": statistics.mean(others),
+        **found,
+    }
     path.write_text(json.dumps(measured, indent=2) + "\n")
     return measured
+
+
+def is_right(rollout: Rollout) -> bool:
+    """Whether a solution ends with the sum."""
+    return rollout.completion.text.rpartition(ANSWER)[2] == rollout.request.example.answer
 
 
 # --- report ----------------------------------------------------------------------------------------------
@@ -416,6 +438,7 @@ def summarise(rows: Sequence[Measured]) -> dict[str, list[float]]:
             "length_mae",
             "notion_precision",
             "pass@1",
+            "pass@1 elsewhere",
         )
         for when, point in (("start", 0), ("end", -1))
     }
@@ -492,16 +515,23 @@ def accuracy_claims(
     table: Mapping[str, Sequence[Measured]], masa: Mapping[str, list[float]], grpo: Mapping[str, list[float]]
 ) -> list[dict[str, Any]]:
     """Claims 3 and 4: tokens to GRPO's final accuracy, and accuracy at equal updates and at equal tokens."""
-    gaps = [a - b for a, b in zip(masa["pass@1, end"], grpo["pass@1, end"], strict=True)]
-    interval = paired_interval(masa["pass@1, end"], grpo["pass@1, end"])
+    updates = [
+        claim(
+            f"masa: accuracy minus that of grpo at equal updates, {where}",
+            "interval reaches 0",
+            [a - b for a, b in zip(masa[key], grpo[key], strict=True)],
+            paired_interval(masa[key], grpo[key])[1] >= 0,
+            interval=paired_interval(masa[key], grpo[key]),
+        )
+        for where, key in (("trained digits", "pass@1, end"), ("other digits", "pass@1 elsewhere, end"))
+    ]
     equal = [
         at_tokens(ours["curve"], tokens) - theirs["curve"][-1]["pass@1"]
         for ours, theirs, tokens in zip(table["masa"], table["grpo"], grpo["tokens"], strict=True)
     ]
     level = paired_interval(equal, [0.0] * len(equal))
     claims = [
-        claim("masa: accuracy minus that of grpo at equal updates", "interval reaches 0", gaps,
-              interval[1] >= 0, interval=interval),
+        *updates,
         claim("masa: accuracy minus that of grpo at equal tokens", "interval reaches 0", equal,
               level[1] >= 0, interval=level),
     ]  # fmt: skip
