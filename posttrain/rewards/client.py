@@ -235,12 +235,15 @@ class JsonClient:
         return self._random.uniform(0.0, min(BACKOFF_CAP, base * 2**attempt))
 
     async def _take_turn(self) -> None:
-        """Wait until the rate allows a request. One by one, so that a loop that was late makes no burst."""
-        if self._rate is None:
-            return
+        """Wait until the rate allows a request, and until the one before it is on its way.
+
+        One by one also without a rate: of answers that come together, none would otherwise be followed by a
+        request before all of them are read; those would leave together, and be answered together again.
+        """
         async with self._turn:
-            await asyncio.sleep(self._next_request - time.monotonic())
-            self._next_request = time.monotonic() + 1.0 / self._rate
+            await asyncio.sleep(self._next_request - time.monotonic() if self._rate else 0.0)
+            if self._rate:
+                self._next_request = time.monotonic() + 1.0 / self._rate
 
 
 def _retry_after(value: str | None) -> float:

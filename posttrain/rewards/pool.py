@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import wait
 
 from posttrain.errors import PosttrainError, RewardError
@@ -26,7 +26,6 @@ from posttrain.rewards.worker import (
     Loaded,
     Ready,
     Reply,
-    concurrency,
     main,
 )
 
@@ -54,6 +53,8 @@ class _Worker:
         self.rewards: list[Loaded] = []
         self.job: Job | None = None
         self.pending: list[int] = []
+        self.budget = 0.0
+        """Seconds that a unit of the job may take."""
         self.deadline = time.monotonic() + LOAD_SECONDS
         with contextlib.suppress(OSError):  # one that is dead already is noticed on reading
             self.connection.send(list(sources))
@@ -66,11 +67,13 @@ class _Worker:
         self._progress[:] = bytes(PROGRESS_BYTES)
         self.connection.send(job)
         self.job, self.pending = job, list(range(len(job.units)))
+        self.budget = job.budget(self.rewards[job.reward].info)
         self._set_deadline(job)
 
-    def finish(self, unit: int) -> None:
+    def finish(self, units: Iterable[int]) -> None:
         assert self.job is not None
-        self.pending.remove(unit)
+        for unit in units:
+            self.pending.remove(unit)
         if not self.pending:
             self.job = None
         else:
@@ -79,23 +82,18 @@ class _Worker:
     def concurrent(self, job: Job) -> bool:
         return self.rewards[job.reward].concurrent
 
-    def budget(self, job: Job) -> float:
-        return job.budget(self.rewards[job.reward].info)
-
     def suspects(self, job: Job, known: bool) -> list[int]:
         """The units one of which was the end of the process; `known`: it was still doing its job then."""
+        newest = int.from_bytes(self._progress[:], sys.byteorder) - 1
         if self.concurrent(job):  # units start in order, so later ones have not been started
-            finished = len(job.units) - len(self.pending)
-            started = finished + concurrency(self.rewards[job.reward].info)
-            return [unit for unit in self.pending if unit < started]
+            return [unit for unit in self.pending if unit <= newest] or self.pending[:1]
         if not known:
             return self.pending
-        unit = int.from_bytes(self._progress[:], sys.byteorder)
-        return [unit if unit in self.pending else self.pending[0]]
+        return [newest if newest in self.pending else self.pending[0]]
 
     def _set_deadline(self, job: Job) -> None:
         grace = ASYNC_GRACE if self.concurrent(job) else FLUSH_SECONDS
-        self.deadline = time.monotonic() + self.budget(job) + grace
+        self.deadline = time.monotonic() + self.budget + grace
 
     def died_running(self) -> bool:
         """Whether the process died of the unit that was running; it may have lost its socket before."""
@@ -226,7 +224,7 @@ class WorkerPool:
         job = worker.job
         for done in reply:
             deliver(job.reward, job.ids[done.unit], done.result)
-            worker.finish(done.unit)
+        worker.finish(done.unit for done in reply)
 
     def _fail(self, worker: _Worker, deliver: Deliver, late: bool) -> None:
         """Replace a worker that hangs or has died, and settle its job."""
@@ -248,7 +246,7 @@ class WorkerPool:
             self._queue.extendleft(job.part([unit]) for unit in suspects)
             return
         if late:
-            seconds = worker.budget(job)
+            seconds = worker.budget
             outcome = timeout_outcome(seconds)
         else:
             seconds = 0.0

@@ -5,7 +5,7 @@ need. It is given a socket and a few bytes of shared memory:
 
     parent → worker   first the sources of the rewards, then jobs
     worker → parent   first `Ready` with the rewards' declarations, or an error; then the units that are done
-    shared memory     index of the unit that is running, to know the culprit when the process is gone
+    shared memory     number of units of the job that have been started, to know the culprit when this is gone
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOAD_SECONDS = 300.0
 """Time to import the rewards; long, as imports compete with everything else at the start of a run."""
 PROGRESS_BYTES = 4
 FLUSH_SECONDS = 0.005
-"""Results of fast rewards travel together for so long."""
+"""Results of fast rewards travel together for so long: a message wakes the parent and costs more than one."""
 NO_SOCKET = 75
 """Exit code when the socket is closed: by the parent, or by a reward some time ago."""
 ORPHAN_GRACE = 3.0
@@ -111,7 +111,7 @@ def main(socket: int, memory: int, memory_limit: int) -> None:
                 job: Job = connection.recv()
                 reward = rewards[job.reward]
                 if reward.concurrent:
-                    runner.run(_run_concurrently(reward, job, connection))
+                    runner.run(_run_concurrently(reward, job, connection, progress))
                 else:
                     _run(reward, job, connection, progress)
                 faulthandler.cancel_dump_traceback_later()
@@ -125,38 +125,71 @@ def main(socket: int, memory: int, memory_limit: int) -> None:
 def _run(reward: BoundReward, job: Job, connection: Connection, progress: mmap.mmap) -> None:
     process = os.getpid()
     last_resort = _LastResort(job.budget(reward.info))
-    flushed = -math.inf
+    done = _Outbox(connection)
     away = ""
-    done: list[Done] = []
     for index, samples in enumerate(job.units):
-        progress[:] = index.to_bytes(PROGRESS_BYTES, sys.byteorder)
+        _note_started(progress, index)
         last_resort.arm()
         result = _not_tried(samples, away) if away else reward(samples, job.step)
         if os.getpid() != process:
             os._exit(0)  # a fork made by the reward came back out of it
         away = away or result.unavailable
-        now = time.perf_counter()
-        done.append(Done(index, result))
-        if now - flushed > FLUSH_SECONDS or index == len(job.units) - 1:
-            connection.send(done)
-            done, flushed = [], now
+        done.add(Done(index, result))
+    done.flush()
 
 
-async def _run_concurrently(reward: BoundReward, job: Job, connection: Connection) -> None:
+async def _run_concurrently(
+    reward: BoundReward, job: Job, connection: Connection, progress: mmap.mmap
+) -> None:
     last_resort = _LastResort(job.budget(reward.info))
+    done = _Outbox(connection, asyncio.get_running_loop())
     units = iter(enumerate(job.units))  # shared: who has finished a unit takes the next, so none waits
     away = ""
 
     async def run_units() -> None:
         nonlocal away
         for index, samples in units:
+            _note_started(progress, index)
             last_resort.arm()
             result = _not_tried(samples, away) if away else await reward.call_async(samples, job.step)
             away = away or result.unavailable
-            connection.send([Done(index, result)])
+            done.add(Done(index, result))
 
     at_once = min(concurrency(reward.info), len(job.units))
     await asyncio.gather(*(run_units() for _ in range(at_once)))
+    done.flush()
+
+
+def _note_started(progress: mmap.mmap, index: int) -> None:
+    progress[:] = (index + 1).to_bytes(PROGRESS_BYTES, sys.byteorder)
+
+
+class _Outbox:
+    """Results on their way to the parent. One leaves at once, those that follow within FLUSH_SECONDS wait for
+    the end of that time: for the next result, or, given a loop, for a timer.
+    """
+
+    def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop | None = None):
+        self._connection = connection
+        self._loop = loop
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiting: list[Done] = []
+        self._flushed = -math.inf
+
+    def add(self, done: Done) -> None:
+        self._waiting.append(done)
+        if time.perf_counter() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+        elif self._loop is not None and self._timer is None:
+            self._timer = self._loop.call_later(FLUSH_SECONDS, self.flush)
+
+    def flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting:
+            self._connection.send(self._waiting)
+            self._waiting, self._flushed = [], time.perf_counter()
 
 
 def concurrency(info: RewardInfo) -> int:

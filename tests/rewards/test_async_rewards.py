@@ -38,7 +38,15 @@ async def deadly(completion, example):
     note(completion.text)
     if completion.text == "4":
         os._exit(1)
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0.02 * (1 + int(completion.text) % 3))
+    return 1.0
+
+@reward("ends_late", deterministic=False)
+async def ends_late(completion, example):
+    note(completion.text)
+    if completion.text == "deadly":
+        await asyncio.sleep(0.5)
+        os._exit(1)
     return 1.0
 
 @reward("counts", deterministic=False)
@@ -124,8 +132,18 @@ def test_who_had_not_been_started_is_not_suspected(code):
     assert [rollout.reward for rollout in rollouts] == [None if n == 4 else 1.0 for n in range(12)]
     made = Counter(text for _, text in calls(code))
     assert made["4"] == 2  # in company, and alone
-    assert sum(made.values()) <= 12 + 3  # those that were under way with it were called again
+    # Called again were those that were under way with it, or whose results were on the way to the parent.
+    assert sum(made.values()) <= 12 + 5
     assert all(made[str(number)] == 1 for number in range(7, 12))
+
+
+def test_results_do_not_wait_for_the_slowest(code):
+    """Those that came at once are with the parent long before the last one ends the process."""
+    rollouts = make_rollouts([*"abcdef", "deadly"])
+    with make_scorer(own(code, "ends_late"), workers=1) as scorer:
+        report = scorer.score(rollouts)
+    assert report.rewards["ends_late"].errors == {"died": 1}
+    assert [text for _, text in calls(code)] == [*"abcdef", "deadly"]
 
 
 def test_what_rewards_count_is_reported(code):
