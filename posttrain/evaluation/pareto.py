@@ -80,7 +80,7 @@ class Tape:
 
 
 def reading_positions(tokens: int, interval: int) -> NDArray[np.int64]:
-    """After how many tokens a controller may read a sample of `tokens`: 1, the interval's multiples, the end."""
+    """Tokens after which a controller may read a sample of `tokens`: 1, the interval's multiples, the end."""
     return np.unique([1, *range(interval, tokens, interval), tokens])
 
 
@@ -150,10 +150,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Pareto:
-    """All settings on the same problems. `difficulty` ascends with how hard a problem is."""
+    """All settings on the same problems. `difficulty` ascends with how hard a problem is; `measure` says by
+    what.
+    """
 
     problems: list[str]
     difficulty: Values
+    measure: str
     samples: int
     left_out: int
     points: list[Point]
@@ -204,6 +207,7 @@ def effort(pareto: Pareto) -> dict[str, Any]:
             families.setdefault(point.family, []).append(point)
     middle = [points[len(points) // 2] for points in families.values()]
     return {
+        "measure": pareto.measure,
         "difficulty": [float(pareto.difficulty[bins == place].mean()) for place in present],
         "problems": [int((bins == place).sum()) for place in present],
         "compute": {
@@ -261,10 +265,11 @@ def measure_pareto(
     order = list(dict.fromkeys(point.family for point in points))
     points.sort(key=lambda point: order.index(point.family))
     wrong = {name: float(np.mean([not tape.correct for tape in group])) for name, group in scored.items()}
-    levels = difficulty or wrong
+    levels = wrong if difficulty is None else difficulty
     return Pareto(
         problems=list(scored),
         difficulty=np.array([levels[name] for name in scored], dtype=np.float64),
+        measure="share of its samples that are wrong" if difficulty is None else str(config.difficulty),
         samples=samples,
         left_out=len(problems) - len(scored),
         points=points,

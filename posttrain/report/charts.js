@@ -110,7 +110,7 @@ function lineChart(figure, chart, moved) {
     const { root, box, y } = frame(plot, chart.wide ? 250 : 160, range, chart.form);
     const [first, last] = [steps[0], steps[steps.length - 1]];
     const x = (step) => (last === first ? (box.left + box.right) / 2 : box.left + ((step - first) / (last - first)) * (box.right - box.left));
-    for (const step of last === first ? [first] : ticks(first, last, box.right > 700 ? 8 : 4).filter(Number.isInteger)) {
+    for (const step of last === first ? [first] : ticks(first, last, box.right > 700 ? 8 : 4).filter((tick) => chart.points || Number.isInteger(tick))) {
       root.append(svg("text", { x: x(step), y: box.bottom + 17, "text-anchor": "middle" }, String(step)));
     }
     chart.lines.forEach((line, i) => {
@@ -118,20 +118,31 @@ function lineChart(figure, chart, moved) {
       const smooth = line.smooth.length ? line.smooth : line.raw;
       if (line.smooth.length) root.append(svg("path", { class: "raw", style, d: path(line.x, line.raw, x, y) }));
       root.append(svg("path", { class: "smooth", style, "stroke-dasharray": DASHES[i % 4], d: path(line.x, smooth, x, y) }));
-      if (line.x.length === 1) root.append(svg("circle", { r: 4, cx: x(line.x[0]), cy: y(line.raw[0]), style: `fill:var(--c${i % 6})` }));
+      if (chart.points) line.x.forEach((at, j) => root.append(svg("circle", { r: 3, cx: x(at), cy: y(line.raw[j]), style: `fill:var(--c${i % 6})` })));
+      else if (line.x.length === 1) root.append(svg("circle", { r: 4, cx: x(line.x[0]), cy: y(line.raw[0]), style: `fill:var(--c${i % 6})` }));
     });
     marks = { group: root.appendChild(svg("g")), box, x, y };
     show(cursor);
   }
 
-  /* Read out one step, or with null the last. */
+  function key(line, i, ...parts) {
+    const several = chart.lines.length > 1;
+    return make("span", { class: several ? `key line${i % 4}` : "", style: `--key:var(--c${i % 6})` },
+      several ? `${line.label} ` : "", ...parts);
+  }
+
+  /* Read out one step, or with null the last; of points those that are there, or with null only the lines' names. */
   function show(step) {
     cursor = step;
     const at = step ?? steps[steps.length - 1];
-    const keys = chart.lines.map((line, i) =>
-      make("span", { class: chart.lines.length > 1 ? `key line${i % 4}` : "", style: `--key:var(--c${i % 6})` },
-        chart.lines.length > 1 ? `${line.label} ` : "", make("b", {}, write(values[i].get(at), chart.form))));
-    readout.replaceChildren(...keys, make("span", {}, chart.unit ? `${at} ${chart.unit}` : `step ${at}`));
+    const keys = chart.lines.map((line, i) => {
+      if (chart.points && step === null) return key(line, i);
+      if (chart.points && !values[i].has(at)) return null;
+      const setting = line.settings ? ` ${line.settings[line.x.indexOf(at)]}` : "";
+      return key(line, i, make("b", {}, write(values[i].get(at), chart.form)), setting);
+    }).filter((entry) => entry !== null);
+    const place = chart.points && step === null ? chart.unit : chart.unit ? `${at} ${chart.unit}` : `step ${at}`;
+    readout.replaceChildren(...keys, make("span", {}, place));
     if (!marks) return;
     marks.group.replaceChildren();
     if (step === null) return;
@@ -223,6 +234,9 @@ for (const figure of document.querySelectorAll("[data-thinking]")) {
 }
 for (const figure of document.querySelectorAll("[data-calibration]")) {
   const show = lineChart(figure, report.calibration[figure.dataset.calibration], (at) => show(at));
+}
+for (const figure of document.querySelectorAll("[data-pareto]")) {
+  const show = lineChart(figure, report.pareto[figure.dataset.pareto], (at) => show(at));
 }
 for (const figure of document.querySelectorAll("[data-histogram]")) {
   histogram(figure, report.histograms[figure.dataset.histogram]);

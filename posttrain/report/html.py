@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from posttrain.report import words
 from posttrain.report.health import findings
+from posttrain.report.pareto import pareto_charts
 from posttrain.report.results import results
 from posttrain.report.rollouts import Sample, distributions, sample_rollouts
 from posttrain.report.run_folder import Run, number, read_run
@@ -55,11 +56,13 @@ def render(run: Run) -> str:
     histograms = [(stage, panels) for stage in run.stages if (panels := distributions(stage))]
     thinking = thinking_charts(run)
     calibration = calibration_charts(run)
+    pareto = pareto_charts(run)
     script = "\n".join(_asset(name) for name in ("charts.js", "browser.js"))
     data = {
         "charts": [chart for _, groups in curves for group in groups for chart in group["charts"]],
         "thinking": thinking,
         "calibration": calibration,
+        "pareto": pareto,
         "histograms": [panel for _, panels in histograms for panel in panels],
         "prompts": sample.prompts,
         "rollouts": sample.rows,
@@ -76,6 +79,7 @@ def render(run: Run) -> str:
         findings=findings(run),
         thinking=thinking,
         calibration=calibration,
+        pareto=pareto,
         curves=curves,
         histograms=histograms,
         times=_times(run),

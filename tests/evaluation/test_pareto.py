@@ -98,6 +98,7 @@ def test_summary_and_table(pareto):
     assert (first["family"], first["setting"], first["compute"]) == (MAJORITY, "N = 1", 1.0)
     assert first["accuracy"]["value"] == pytest.approx(0.75)
     assert summary["effort"]["difficulty"] == [0.0, 0.5]
+    assert summary["effort"]["measure"] == "share of its samples that are wrong"
     assert list(summary["effort"]["compute"]) == ["utility, α = 0.1, β = 0.1", "utility, α = 1, β = 0.1"]
     assert len(table["points"]) == len(summary["points"])
     assert table["points"][1]["accuracy"] == [1.0, 0.5]
@@ -108,7 +109,9 @@ def test_difficulty_may_be_given():
     tapes = [tape([0.5, 0.5], 8, True), tape([0.5, 0.5], 8, False)]
     problems = {str(place): tapes for place in range(12)}
     levels = {name: float(name) for name in problems}
-    pareto = measure_pareto(problems, GRID, CONFIG, 2, levels)
+    config = CONFIG.model_copy(update={"difficulty": "steps"})
+    pareto = measure_pareto(problems, GRID, config, 2, levels)
     effort = pareto.summary(0.95)["effort"]
+    assert effort["measure"] == "steps"
     assert len(effort["difficulty"]) == 5  # quintiles of twelve levels
     assert sum(effort["problems"]) == 12
