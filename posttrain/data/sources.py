@@ -266,10 +266,10 @@ def _to_example(row: Row, source: DataSource) -> Example:
         others["completion"] = values[columns.completion]
     if "completion" in others:
         others["completion"] = text_or_messages(others["completion"], where, "completion")
-    return Example(id="", prompt=_dress(prompt, source, where), answer=answer, columns=others)
+    return Example(id="", prompt=dress(prompt, source, where), answer=answer, columns=others)
 
 
-def _dress(prompt: Prompt, source: DataSource, where: str) -> Prompt:
+def dress(prompt: Prompt, source: DataSource, where: str) -> Prompt:
     """Put the template around the prompt and the system message before it."""
     if source.template is not None:
         if not isinstance(prompt, str):

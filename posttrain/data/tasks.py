@@ -16,6 +16,7 @@ from posttrain.data.calculator import calculator
 from posttrain.data.error_analysis import error_analysis, error_replay
 from posttrain.data.problem import Problem
 from posttrain.data.search import search
+from posttrain.data.string_machine import string_machine
 from posttrain.errors import DataError
 from posttrain.rollout.types import Example, derive_seed
 
@@ -117,6 +118,7 @@ TASKS: dict[str, Callable[..., Problem]] = {
     "addition": addition,
     "calculator": calculator,
     "search": search,
+    "string_machine": string_machine,
     "error_analysis": error_analysis,
     "error_replay": error_replay,
 }

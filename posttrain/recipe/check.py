@@ -24,14 +24,18 @@ from posttrain.recipe.schema import (
     ROW_WRITERS,
     DataSource,
     EvaluateStage,
+    HardSubsetStage,
     PolicyStage,
     Recipe,
     RewardModelConfig,
     RewardSpec,
+    Scored,
     SftStage,
+    SoarStage,
     StageSpec,
     StarStage,
 )
+from posttrain.recipe.soar_plan import soar_problems
 from posttrain.recipe.spelling import did_you_mean
 
 Finding = tuple[str, str]
@@ -83,6 +87,8 @@ def find_problems(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
             yield from _preferences(stage, key)
         elif isinstance(stage, StarStage):
             yield from _star(recipe, stage, key)
+        elif isinstance(stage, SoarStage | HardSubsetStage):
+            yield from soar_problems(recipe, stage, key)
 
 
 def data_sources(recipe: Recipe, kinds: Collection[str] = STAGE_KINDS) -> Iterator[tuple[str, DataSource]]:
@@ -144,7 +150,7 @@ def _lengths(recipe: Recipe, kinds: Collection[str], context: int | None) -> Ite
 
 
 def _samples(recipe: Recipe, kinds: Collection[str]) -> bool:
-    samplers = (PolicyStage, EvaluateStage, StarStage)
+    samplers = (PolicyStage, EvaluateStage, StarStage, SoarStage, HardSubsetStage)
     return any(stage.kind in kinds and isinstance(stage.config, samplers) for stage in recipe.stages)
 
 
@@ -209,6 +215,12 @@ def _written_rows(recipe: Recipe, key: str, source: DataSource) -> Iterator[Find
         known = f"those before it are {', '.join(names)}" if names else "there is none before it"
         text = f"no earlier stage {source.stage!r} writes rows; {known}."
         yield f"{key}.stage", text + did_you_mean(source.stage, names)
+    halves = [spec.config.name for spec in before if spec.kind == "hard_subset"]
+    if source.split != "train" and not (source.split == "test" and source.stage in halves):
+        yield (
+            f"{key}.split",
+            f"rows of a stage are its split train, of hard_subset test, too; not {source.split}.",
+        )
 
 
 def _rewards(recipe: Recipe) -> Iterator[Finding]:
@@ -216,7 +228,7 @@ def _rewards(recipe: Recipe) -> Iterator[Finding]:
     users = [
         (index, f"stages[{index}].{spec.kind}.rewards" if spec.config.rewards is not None else "rewards")
         for index, spec in enumerate(recipe.stages)
-        if isinstance(spec.config, PolicyStage | EvaluateStage)
+        if isinstance(spec.config, Scored)
     ]
     for index, key in users or [(0, "rewards")]:
         stage = recipe.stages[index].config

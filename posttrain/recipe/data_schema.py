@@ -15,6 +15,7 @@ TaskName = Literal[
     "addition",
     "search",
     "calculator",
+    "string_machine",
     "meta_arithmetic",
     "meta_largest",
     "meta_counting",

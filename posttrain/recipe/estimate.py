@@ -19,15 +19,18 @@ from posttrain.recipe.schema import (
     AnnotatePreferencesStage,
     DataSource,
     EvaluateStage,
+    HardSubsetStage,
     LoraConfig,
     PolicyStage,
     Recipe,
     RewardModelStage,
     SftStage,
+    SoarStage,
     StarStage,
 )
+from posttrain.recipe.soar_plan import soar_cost
 
-Stage = SftStage | PolicyStage | EvaluateStage | PreferenceStage | StarStage
+Stage = SftStage | PolicyStage | EvaluateStage | PreferenceStage | StarStage | SoarStage | HardSubsetStage
 
 LOGIT_CHUNK_BYTES = 3 * 128 * 2**20
 """Log-probs exist for one chunk of tokens at a time: two to four tensors of 128 MiB."""
@@ -91,6 +94,12 @@ def size_of(stage: Stage, recipe: Recipe) -> StageSize:
         case StarStage():
             traces = None if rows is None else rows * stage.samples
             return StageSize(rows, None, traces, traces and traces * recipe.rollout.max_tokens)
+        case SoarStage():
+            cost = soar_cost(stage, recipe.rollout.max_tokens)
+            return StageSize(rows, cost.steps, cost.rollouts, cost.tokens)
+        case HardSubsetStage():
+            drawn = None if rows is None else rows * stage.samples
+            return StageSize(rows, None, drawn, drawn and drawn * recipe.rollout.max_tokens)
         case EvaluateStage():
             if rows is None:
                 return StageSize(None, None, None, None)
@@ -128,7 +137,7 @@ def memory_of(stage: Stage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
         sampler["KV cache"] = replicas * _kv_cache(stage, recipe, info)
         if recipe.rollout.engine != "transformers":
             sampler["engine weights"] = replicas * weights
-    if isinstance(stage, EvaluateStage | StarStage):
+    if isinstance(stage, EvaluateStage | StarStage | HardSubsetStage):
         return [Memory("sample", sampler)]
     trained = {"weights": weights, **_training_state(recipe, info)}
     if isinstance(stage, SftStage):
@@ -137,6 +146,8 @@ def memory_of(stage: Stage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
         logits = rows * length * info.vocabulary * 4
         activations = _activations(rows * length, info, recipe, checkpointing=False)
         return [Memory("update", {**trained, "activations": activations, "logits": logits})]
+    if isinstance(stage, SoarStage):
+        return _soar_memory(stage, recipe, info)
     if stage.loss.kl > 0 and recipe.model.lora is None:
         trained["reference"] = sampler["reference"] = weights
     tokens = stage.micro_batch_tokens
@@ -153,6 +164,19 @@ def memory_of(stage: Stage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
         Memory("sample", {**sampler, **held}),
         Memory("update", {**trained, "activations": activations, "logits": chunk, **kept}),
     ]
+
+
+def _soar_memory(stage: SoarStage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
+    """As for a policy stage, with the optimiser states of a student and of the teacher, and the copies of
+    weights that are kept in memory: teacher, base, baseline, and this process's students of an outer step.
+    """
+    phases = memory_of(stage.inner(), recipe, info)
+    trained = trainable_parameters(info, recipe.model.lora) * (
+        4 if recipe.model.lora else element_bytes(recipe, info)
+    )
+    runs = math.ceil(stage.datasets * stage.students / processes(recipe))
+    more = {"teacher's optimizer": 2 * trained, "snapshots": (3 + runs) * trained}
+    return [Memory(phase.phase, {**phase.parts, **more}) for phase in phases]
 
 
 def _preference_memory(stage: PreferenceStage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
@@ -177,7 +201,11 @@ def disk_of(recipe: Recipe, info: ModelInfo) -> int:
     total = 0
     for spec in recipe.stages:
         stage = spec.config
-        if isinstance(stage, EvaluateStage | AnnotatePreferencesStage | StarStage):
+        if isinstance(stage, EvaluateStage | AnnotatePreferencesStage | StarStage | HardSubsetStage):
+            continue
+        if isinstance(stage, SoarStage):
+            # Teacher and student; in a checkpoint these and Adam's moments.
+            total += trained * (2 + 4 * stage.keep_checkpoints)
             continue
         if isinstance(stage, RewardModelStage):
             total += (info.parameters or 0) * element if stage.model is None else 0

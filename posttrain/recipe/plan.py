@@ -25,12 +25,15 @@ from posttrain.recipe.preference_schema import PreferenceStage
 from posttrain.recipe.schema import (
     AnnotatePreferencesStage,
     EvaluateStage,
+    HardSubsetStage,
     PolicyStage,
     Recipe,
     RewardSpec,
     SftStage,
+    SoarStage,
     StarStage,
 )
+from posttrain.recipe.soar_plan import hard_subset_line, soar_line
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,10 @@ def _stage_lines(recipe: Recipe, sizes: list[StageSize]) -> Iterator[tuple[str, 
                 text = _preference_line(stage, size)
             case StarStage():
                 text = _star_line(stage, size)
+            case SoarStage():
+                text = soar_line(stage, recipe.rollout.max_tokens)
+            case HardSubsetStage():
+                text = hard_subset_line(stage, size.rows, recipe.rollout.max_tokens)
             case _:
                 text = _evaluate_line(stage, size)
         name = spec.kind if stage.name == spec.kind else f"{spec.kind} {stage.name!r}"
@@ -302,6 +309,10 @@ def _what(stage: Stage) -> str:
             return "vote on preferences"
         case StarStage():
             return "sample traces and keep the good ones"
+        case HardSubsetStage():
+            return "find the problems that are never solved"
+        case SoarStage():
+            return f"train a teacher and its students for {stage.steps:,} outer steps"
         case _:
             return f"train the reward model {stage.name}"
 

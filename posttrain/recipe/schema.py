@@ -24,6 +24,8 @@ from posttrain.recipe.rewards_schema import RewardModelConfig as RewardModelConf
 from posttrain.recipe.rewards_schema import RewardOptions as RewardOptions
 from posttrain.recipe.rewards_schema import RewardSpec as RewardSpec
 from posttrain.recipe.rewards_schema import reward_specs
+from posttrain.recipe.soar_schema import HardSubsetStage as HardSubsetStage
+from posttrain.recipe.soar_schema import SoarStage as SoarStage
 from posttrain.recipe.stage_schema import CorrectConfig as CorrectConfig
 from posttrain.recipe.stage_schema import EvaluateStage as EvaluateStage
 from posttrain.recipe.stage_schema import ImportanceConfig as ImportanceConfig
@@ -93,8 +95,10 @@ class RolloutConfig(Section):
     """vLLM on a CPU: size of its key-value cache."""
 
 
-ROW_WRITERS: tuple[str, ...] = ("annotate_preferences", "star")
+ROW_WRITERS: tuple[str, ...] = ("annotate_preferences", "star", "hard_subset", "soar")
 """Kinds of stages whose rows a later stage can take as data (`stage: NAME`)."""
+Scored = PolicyStage | EvaluateStage | HardSubsetStage | SoarStage
+"""Stages that may have rewards of their own."""
 REWARD_TRAINERS: tuple[str, ...] = ("reward_model",)
 """Kinds of stages that train a reward model, which later stages can use under the stage's name."""
 
@@ -108,6 +112,8 @@ class StageSpec(Section):
     annotate_preferences: AnnotatePreferencesStage | None = None
     reward_model: RewardModelStage | None = None
     star: StarStage | None = None
+    hard_subset: HardSubsetStage | None = None
+    soar: SoarStage | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> StageSpec:
@@ -169,7 +175,7 @@ class Recipe(Section):
     def _names(cls, rewards: Any) -> Any:
         return reward_specs(rewards)
 
-    def rewards_of(self, stage: PolicyStage | EvaluateStage) -> list[RewardSpec]:
+    def rewards_of(self, stage: Scored) -> list[RewardSpec]:
         """The rewards that a stage uses: its own, or else the recipe's."""
         return self.rewards if stage.rewards is None else stage.rewards
 

@@ -34,6 +34,11 @@ ROWS = "rows.parquet"
 """In `data/STAGE`: the rows that a stage wrote for later ones."""
 
 
+def rows_file(split: str) -> str:
+    """The file of a split of them; `train` is the one that every such stage writes."""
+    return ROWS if split == "train" else f"rows-{split}.parquet"
+
+
 @dataclass(frozen=True)
 class StageResult:
     """The model the next stage starts from, and what the run's summary says about this stage."""
@@ -73,7 +78,7 @@ class StageContext:
         if source.stage is None:
             return source
         index = [spec.config.name for spec in self.recipe.stages].index(source.stage)
-        rows = self.run_dir / "data" / self.recipe.stage_folder(index) / ROWS
+        rows = self.run_dir / "data" / self.recipe.stage_folder(index) / rows_file(source.split)
         return source.model_copy(update={"stage": None, "parquet": str(rows)})
 
     @property
@@ -140,9 +145,13 @@ class StageContext:
 
         Every process calls this: the model may be split over them.
         """
-        models = self.run_dir / "models"
-        staged, folder = models / STAGING / self.name, models / self.name
         policy = trainer.accelerator.unwrap_model(trainer.model)
+        return StageResult(self.save(policy, trainer.processing_class), summary or {})
+
+    def save(self, policy: Any, tokenizer: Any, name: str | None = None) -> ModelConfig:
+        """Save a model or its adapter as `hand_over` does, under the stage's name or another."""
+        models = self.run_dir / "models"
+        staged, folder = models / STAGING / (name or self.name), models / (name or self.name)
         is_adapted = isinstance(policy, PeftModel)
         weights = saved_weights(policy, keep=self.rank == 0)
 
@@ -150,13 +159,11 @@ class StageContext:
             # Not the adapter that KL keeps as its reference.
             only = {"selected_adapters": policy.active_adapters} if is_adapted else {}
             policy.save_pretrained(staged, state_dict=weights, **only)
-            trainer.processing_class.save_pretrained(staged)
+            tokenizer.save_pretrained(staged)
             publish(staged, folder)
             shutil.rmtree(models / STAGING)
 
         on_first_rank(finish)
         if is_adapted:
-            trained = self.model.model_copy(update={"adapter": str(folder)})
-        else:
-            trained = self.model.model_copy(update={"path": str(folder), "revision": None})
-        return StageResult(trained, summary or {})
+            return self.model.model_copy(update={"adapter": str(folder)})
+        return self.model.model_copy(update={"path": str(folder), "revision": None})
