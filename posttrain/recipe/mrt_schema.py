@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from posttrain.recipe.data_schema import DataSource, Section
 
@@ -16,8 +16,8 @@ MARKERS = [
     "But let me double-check",
     "But hold on",
 ]
-THINKING_METRICS = ("regret", "budget_curve", "episode_votes")
-"""Metrics of thinking that is cut short."""
+THINKING_METRICS = ("regret", "budget_curve", "episode_votes", "continuation", "linearized")
+"""Metrics of thinking that is cut short, and of thinking that is made to go on."""
 STOP_CUE = (
     "\n\nTime is up.\n\nGiven the time I have spent and the approaches I have tried, I should stop thinking "
     "and write the final answer from what I have.\n</think>\n\n**Solution and answer**\n\n1. "
@@ -57,13 +57,42 @@ class ProbeConfig(Section):
     """Cap on a forced answer; shorter than the 4,096 of the paper's analysis, since probes are many."""
 
 
+class ContinuationConfig(Section):
+    """Metric `continuation`: thinking is made to go on where the policy would have ended it."""
+
+    shares: list[Annotated[float, Field(gt=0)]] = Field(default=[0.5, 1.0], min_length=1)
+    """Tokens it is made longer by, as shares of the cap on a completion, in rising order: 0.5 is +50 %."""
+    words: list[str] = Field(default=["\nWait", "\nBut wait", "\nAlternatively"], min_length=1)
+    """What is put in the place of an end, by turns."""
+
+    @field_validator("shares")
+    @classmethod
+    def _rising(cls, shares: list[float]) -> list[float]:
+        if shares != sorted(set(shares)):
+            raise ValueError("shares must rise")
+        return shares
+
+
+class LinearConfig(Section):
+    """Metric `linearized`: a backtracking search is made to go on for ever and forgets old attempts."""
+
+    window: int = Field(default=2, ge=1)
+    """Newest episodes that it goes on from."""
+    word: str = Field(default="\nBacktrack to beginning\n", min_length=1)
+    """What is put in the place of an end."""
+
+
 class ThinkingConfig(Section):
-    """What the metrics `regret`, `budget_curve` and `episode_votes` of an evaluation are measured with."""
+    """What an evaluation's metrics of thinking are measured with."""
 
     probes: ProbeConfig = ProbeConfig.model_construct(branches=8, max_tokens=4096)
     """Forced answers; 8 of at most 4,096 tokens, as in the paper's analysis."""
     budgets: list[int] = Field(default=[4096, 8192, 12288, 16384], min_length=1)
-    """Tokens, thinking and answer together, at which `regret` and `budget_curve` are reported."""
+    """Tokens, thinking and answer together, for which `regret`, `budget_curve`, `linearized` are reported."""
+    continuation: ContinuationConfig = ContinuationConfig.model_construct()
+    """How `continuation` makes thinking go on."""
+    linear: LinearConfig = LinearConfig.model_construct()
+    """How `linearized` makes a search go on."""
 
 
 class StarStage(Section):

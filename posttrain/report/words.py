@@ -63,6 +63,11 @@ def metric_name(metric: str) -> str:
         return f"Regret up to {budget} tokens"
     if kind == "accuracy":
         return f"Accuracy at {budget} tokens"
+    if kind == "continued":
+        return f"Accuracy, made to think on by {budget[1:]}"
+    if kind in ("linear", "parallel"):
+        what = "searching on" if kind == "linear" else "majority of samples"
+        return f"Accuracy at {budget} tokens, {what}"
     return names.get(metric, metric)
 
 

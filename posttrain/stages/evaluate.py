@@ -145,6 +145,7 @@ def _cut_short(
     start, end = (place * len(sampled) // context.world for place in (context.rank, context.rank + 1))
     prover = MetaProver(engine, tokenizer, scorer.score, stage.thinking.probes)
     traces = trace_points(
+        stage,
         sampled.rollouts[start:end],
         prover,
         lambda rollout: is_correct(rollout, reward, stage.correct.threshold),
