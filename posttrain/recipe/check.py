@@ -34,9 +34,11 @@ from posttrain.recipe.schema import (
     SoarStage,
     StageSpec,
     StarStage,
+    ZipRcStage,
 )
 from posttrain.recipe.soar_plan import soar_problems
 from posttrain.recipe.spelling import did_you_mean
+from posttrain.recipe.zip_rc_plan import zip_rc_problems
 
 Finding = tuple[str, str]
 """Key and sentence."""
@@ -89,6 +91,8 @@ def find_problems(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
             yield from _star(recipe, stage, key)
         elif isinstance(stage, SoarStage | HardSubsetStage):
             yield from soar_problems(recipe, stage, key)
+        elif isinstance(stage, ZipRcStage):
+            yield from zip_rc_problems(recipe, stage, key)
 
 
 def data_sources(recipe: Recipe, kinds: Collection[str] = STAGE_KINDS) -> Iterator[tuple[str, DataSource]]:
@@ -150,7 +154,7 @@ def _lengths(recipe: Recipe, kinds: Collection[str], context: int | None) -> Ite
 
 
 def _samples(recipe: Recipe, kinds: Collection[str]) -> bool:
-    samplers = (PolicyStage, EvaluateStage, StarStage, SoarStage, HardSubsetStage)
+    samplers = (PolicyStage, EvaluateStage, StarStage, SoarStage, HardSubsetStage, ZipRcStage)
     return any(stage.kind in kinds and isinstance(stage.config, samplers) for stage in recipe.stages)
 
 

@@ -27,10 +27,20 @@ from posttrain.recipe.schema import (
     SftStage,
     SoarStage,
     StarStage,
+    ZipRcStage,
 )
 from posttrain.recipe.soar_plan import soar_cost
 
-Stage = SftStage | PolicyStage | EvaluateStage | PreferenceStage | StarStage | SoarStage | HardSubsetStage
+Stage = (
+    SftStage
+    | PolicyStage
+    | EvaluateStage
+    | PreferenceStage
+    | StarStage
+    | SoarStage
+    | HardSubsetStage
+    | ZipRcStage
+)
 
 LOGIT_CHUNK_BYTES = 3 * 128 * 2**20
 """Log-probs exist for one chunk of tokens at a time: two to four tensors of 128 MiB."""
@@ -100,10 +110,17 @@ def size_of(stage: Stage, recipe: Recipe) -> StageSize:
         case HardSubsetStage():
             drawn = None if rows is None else rows * stage.samples
             return StageSize(rows, None, drawn, drawn and drawn * recipe.rollout.max_tokens)
+        case ZipRcStage():
+            if rows is None:
+                return StageSize(None, stage.max_steps and stage.trainings * stage.max_steps, None, None)
+            drawn = rows * stage.samples
+            steps = stage.trainings * stage.steps_for(drawn)
+            return StageSize(rows, steps, drawn, drawn * recipe.rollout.max_tokens)
         case EvaluateStage():
             if rows is None:
                 return StageSize(None, None, None, None)
-            sampled = any("@" in metric or metric in ("mean_length", "meta") for metric in stage.metrics)
+            of_samples = ("mean_length", "meta", "forecasts")
+            sampled = any("@" in metric or metric in of_samples for metric in stage.metrics)
             answers = rows * (stage.samples * sampled + ("greedy" in stage.metrics))
             told = rows * stage.meta.samples * ("meta" in stage.metrics)
             cap = stage.max_tokens or recipe.rollout.max_tokens
@@ -148,6 +165,8 @@ def memory_of(stage: Stage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
         return [Memory("update", {**trained, "activations": activations, "logits": logits})]
     if isinstance(stage, SoarStage):
         return _soar_memory(stage, recipe, info)
+    if isinstance(stage, ZipRcStage):
+        return [Memory("sample", sampler), _forecast_memory(stage, recipe, info)]
     if stage.loss.kl > 0 and recipe.model.lora is None:
         trained["reference"] = sampler["reference"] = weights
     tokens = stage.micro_batch_tokens
@@ -177,6 +196,20 @@ def _soar_memory(stage: SoarStage, recipe: Recipe, info: ModelInfo) -> list[Memo
     runs = math.ceil(stage.datasets * stage.students / processes(recipe))
     more = {"teacher's optimizer": 2 * trained, "snapshots": (3 + runs) * trained}
     return [Memory(phase.phase, {**phase.parts, **more}) for phase in phases]
+
+
+def _forecast_memory(stage: ZipRcStage, recipe: Recipe, info: ModelInfo) -> Memory:
+    """Of the training: all weights in float32, or of them the head alone with optimiser states, and a frozen
+    reference for the KL term.
+    """
+    weights, tokens = 4 * (info.parameters or 0), stage.micro_batch_tokens
+    lite = stage.variant == "lite"
+    trained = 4 * info.vocabulary * info.hidden if lite else weights
+    parts = {"weights": weights, "gradients": trained, "optimizer": 2 * trained}
+    if stage.kl and not lite:
+        parts["reference"] = (info.parameters or 0) * element_bytes(recipe, info)
+    parts["activations"] = _activations(tokens, info, recipe, stage.gradient_checkpointing)
+    return Memory("update", {**parts, "logits": min(LOGIT_CHUNK_BYTES, 3 * tokens * info.vocabulary * 4)})
 
 
 def _preference_memory(stage: PreferenceStage, recipe: Recipe, info: ModelInfo) -> list[Memory]:

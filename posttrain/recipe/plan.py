@@ -32,8 +32,10 @@ from posttrain.recipe.schema import (
     SftStage,
     SoarStage,
     StarStage,
+    ZipRcStage,
 )
 from posttrain.recipe.soar_plan import hard_subset_line, soar_line
+from posttrain.recipe.zip_rc_plan import zip_rc_line
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,8 @@ def _stage_lines(recipe: Recipe, sizes: list[StageSize]) -> Iterator[tuple[str, 
                 text = soar_line(stage, recipe.rollout.max_tokens)
             case HardSubsetStage():
                 text = hard_subset_line(stage, size.rows, recipe.rollout.max_tokens)
+            case ZipRcStage():
+                text = zip_rc_line(stage, size.rows, recipe.rollout.max_tokens)
             case _:
                 text = _evaluate_line(stage, size)
         name = spec.kind if stage.name == spec.kind else f"{spec.kind} {stage.name!r}"
@@ -313,6 +317,8 @@ def _what(stage: Stage) -> str:
             return "find the problems that are never solved"
         case SoarStage():
             return f"train a teacher and its students for {stage.steps:,} outer steps"
+        case ZipRcStage():
+            return f"train forecasts of reward and length ({stage.variant})"
         case _:
             return f"train the reward model {stage.name}"
 

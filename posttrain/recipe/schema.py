@@ -35,6 +35,7 @@ from posttrain.recipe.stage_schema import OptimizerConfig as OptimizerConfig
 from posttrain.recipe.stage_schema import PolicyStage as PolicyStage
 from posttrain.recipe.stage_schema import SftStage as SftStage
 from posttrain.recipe.tools_schema import ToolsConfig as ToolsConfig
+from posttrain.recipe.zip_rc_schema import ZipRcStage as ZipRcStage
 
 
 class ServerConfig(Section):
@@ -97,7 +98,7 @@ class RolloutConfig(Section):
 
 ROW_WRITERS: tuple[str, ...] = ("annotate_preferences", "star", "hard_subset", "soar")
 """Kinds of stages whose rows a later stage can take as data (`stage: NAME`)."""
-Scored = PolicyStage | EvaluateStage | HardSubsetStage | SoarStage
+Scored = PolicyStage | EvaluateStage | HardSubsetStage | SoarStage | ZipRcStage
 """Stages that may have rewards of their own."""
 REWARD_TRAINERS: tuple[str, ...] = ("reward_model",)
 """Kinds of stages that train a reward model, which later stages can use under the stage's name."""
@@ -114,6 +115,7 @@ class StageSpec(Section):
     star: StarStage | None = None
     hard_subset: HardSubsetStage | None = None
     soar: SoarStage | None = None
+    zip_rc: ZipRcStage | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> StageSpec:

@@ -201,8 +201,9 @@ class EvaluateStage(Section):
     """None is `rollout.max_tokens`."""
     metrics: list[str] = Field(default=["pass@1", "mean_length"])
     """`pass@K` (unbiased), `maj@K`, `greedy` (accuracy at temperature 0), `mean_length`; `meta`, how well the
-    model predicts its own pass rate and length before solving; of thinking cut short, `regret`,
-    `budget_curve` (accuracy against tokens) and `episode_votes` (majority votes after each episode)."""
+    model predicts its own pass rate and length before solving; `forecasts`, how well a model of stage
+    `zip_rc` foresees them at every token; of thinking cut short, `regret`, `budget_curve` (accuracy against
+    tokens) and `episode_votes` (majority votes after each episode)."""
     thinking: ThinkingConfig = ThinkingConfig.model_construct()
     """How thinking is cut short for the last three."""
     meta: MetaEvaluation = MetaEvaluation.model_construct()
@@ -222,10 +223,10 @@ class EvaluateStage(Section):
         for metric in metrics:
             base, _, k = metric.partition("@")
             if not (
-                metric in ("greedy", "mean_length", "meta", *THINKING_METRICS)
+                metric in ("greedy", "mean_length", "meta", "forecasts", *THINKING_METRICS)
                 or (base in ("pass", "maj") and k.isdigit() and int(k) > 0)
             ):
-                known = ("pass@K", "maj@K", "greedy", "mean_length", "meta", *THINKING_METRICS)
+                known = ("pass@K", "maj@K", "greedy", "mean_length", "meta", "forecasts", *THINKING_METRICS)
                 raise ValueError(f"unknown metric {metric!r}; known: {', '.join(known)}")
         return metrics
 

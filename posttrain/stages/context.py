@@ -20,6 +20,7 @@ from posttrain.recipe.schema import (
     RewardModelStage,
     RewardSpec,
     SftStage,
+    ZipRcStage,
 )
 from posttrain.rewards.scorer import Scorer
 from posttrain.rewards.shared import SharedEngine
@@ -115,14 +116,20 @@ class StageContext:
         self.show(step, steps, metrics)
 
     def checkpointer(
-        self, stage: SftStage | PolicyStage | RewardModelStage, updates_per_step: int = 1
+        self,
+        stage: SftStage | PolicyStage | RewardModelStage | ZipRcStage,
+        updates_per_step: int = 1,
+        *,
+        part: str = "",
+        before: int = 0,
     ) -> Checkpointer:
         """What trains this stage, from its newest checkpoint if there is one.
 
-        What the run folder has of later steps is removed: it is about to be written again.
+        What the run folder has of later steps is removed: it is about to be written again. A stage of several
+        trainings names the `part` that this one is, and how many steps its metrics have of those `before`.
         """
         checkpointer = Checkpointer(
-            self.folder("checkpoints"),
+            self.folder("checkpoints") / part,
             stage=self.name,
             every=stage.save_steps and stage.save_steps * updates_per_step,
             keep=stage.keep_checkpoints,
@@ -131,12 +138,12 @@ class StageContext:
             say=self.say,
             rank=self.rank,
         )
-        on_first_rank(lambda: self._rewind(checkpointer))
+        on_first_rank(lambda: self._rewind(checkpointer, before + checkpointer.step))
         return checkpointer
 
-    def _rewind(self, checkpointer: Checkpointer) -> None:
-        self.metrics.cut(self.name, checkpointer.step)
-        remove_rollouts(self.run_dir / "rollouts" / self.name, checkpointer.step)
+    def _rewind(self, checkpointer: Checkpointer, step: int) -> None:
+        self.metrics.cut(self.name, step)
+        remove_rollouts(self.run_dir / "rollouts" / self.name, step)
         if checkpointer.start is not None:
             self.say(f"   resumed from {checkpointer.start}")
 

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from posttrain.data.sources import load_examples
+from posttrain.evaluation.forecasts import forecast_quality, forecast_traces
 from posttrain.evaluation.metrics import Estimate, estimate
 from posttrain.evaluation.samples import GREEDY_ROLE, group_by_problem, problem_values
 from posttrain.evaluation.self_predictions import questions, self_assessment
@@ -17,7 +18,7 @@ from posttrain.recipe.mrt_schema import THINKING_METRICS
 from posttrain.recipe.schema import EvaluateStage
 from posttrain.rewards.scorer import Scorer
 from posttrain.rewards.shared import SharedEngine
-from posttrain.rollout.build import build_engine, load_tokenizer
+from posttrain.rollout.build import build_engine, load_grid, load_tokenizer
 from posttrain.rollout.engine import RolloutEngine, require_finite
 from posttrain.rollout.probes import MetaProver
 from posttrain.rollout.tools_engine import prompts_of, with_tools
@@ -38,6 +39,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     tokenizer = load_tokenizer(context.model)
     prompts = prompts_of(recipe.tools, tokenizer, source.format)
     examples = load_examples(source)
+    grid = load_grid(context.model) if "forecasts" in stage.metrics else None
     sampling = Sampling(
         max_tokens=stage.max_tokens or recipe.rollout.max_tokens,
         n=stage.samples,
@@ -45,6 +47,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
         top_p=stage.top_p,
         top_k=stage.top_k,
         stop=tuple(recipe.rollout.stop),
+        scored_ids=grid.ids if grid else (),
     )
     requests = [
         with_seed(
@@ -62,7 +65,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
             sampled = _answer(requests, engine, scorer, context, "sampling")
             greedy = None
             if "greedy" in stage.metrics:
-                once = replace(sampling, n=1, temperature=0.0, top_p=1.0, top_k=0)
+                once = replace(sampling, n=1, temperature=0.0, top_p=1.0, top_k=0, scored_ids=())
                 greedy = _answer(
                     [replace(request, sampling=once, role=GREEDY_ROLE) for request in requests],
                     engine,
@@ -101,6 +104,9 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     if asked:
         sampled_ones = zip(sampled, correct[: len(sampled)], strict=True)
         summary["meta"] = self_assessment(list(sampled_ones), told.rollouts, stage.meta)
+    if grid:
+        scored = zip(sampled, correct[: len(sampled)], strict=True)
+        summary["forecasts"] = forecast_quality(grid, forecast_traces(grid, list(scored)))
     if context.rank == 0:
         write_rollouts(context.folder("rollouts") / "samples.parquet", rows)
         write_json(context.folder("evaluations") / "metrics.json", summary)
@@ -177,5 +183,5 @@ def measure(
         for rollout, outcome in zip(rollouts, correct, strict=True)
     ]
     problems = list(group_by_problem(rows).values())
-    names = [name for name in stage.metrics if name not in ("meta", *THINKING_METRICS)]
+    names = [name for name in stage.metrics if name not in ("meta", "forecasts", *THINKING_METRICS)]
     return {name: estimate(problem_values(name, problems), stage.confidence) for name in names}
