@@ -89,7 +89,7 @@ PHASES = (
     ),
     # Single-digit steps from anywhere the longer chains get to, until they are reliable.
     Phase(
-        steps=700,
+        steps=800,
         rows=20_000,
         mixture=(
             ("arithmetic", {"min_terms": 2, "max_terms": 3, "min_first": -30, "max_first": 40}, 0.53),
@@ -99,6 +99,30 @@ PHASES = (
             ("reversing", {"max_length": 6}, 0.06),
             *FORMATS,
             ("meta_arithmetic", {"min_terms": 2, "max_terms": 3, "min_first": -30, "max_first": 40}, 0.05),
+            # What a mistake teaches, and solving with that at hand: long rows, so only here.
+            ("error_analysis", {"min_terms": 2, "max_terms": 3, "max_term": 20, "noise": 0.2}, 0.06),
+            (
+                "error_analysis",
+                {"min_terms": 2, "max_terms": 3, "min_first": -30, "max_first": 40, "noise": 0.2},
+                0.05,
+            ),
+            (
+                "error_replay",
+                {"min_terms": 2, "max_terms": 3, "max_term": 20, "misled": 0.3, "unrelated": 0.2},
+                0.06,
+            ),
+            (
+                "error_replay",
+                {
+                    "min_terms": 2,
+                    "max_terms": 3,
+                    "min_first": -30,
+                    "max_first": 40,
+                    "misled": 0.3,
+                    "unrelated": 0.2,
+                },
+                0.05,
+            ),
         ),
     ),
 )
