@@ -11,6 +11,7 @@ sample.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.data.answers import extract_answer
+from posttrain.errors import DataError
 from posttrain.evaluation.metrics import Estimate, Values, estimate, majority_at_k_values
 from posttrain.recipe.pareto_schema import ParetoConfig
-from posttrain.rollout.types import FinishReason
+from posttrain.rollout.types import Example, FinishReason, Rollout
 from posttrain.zip_rc.controller import (
     Chunk,
     Controller,
@@ -290,3 +293,37 @@ def policies(config: ParetoConfig) -> Iterable[tuple[str, str, Policy]]:
 def _sizes(samples: int) -> list[int]:
     """1, 2, 4, … and all of them."""
     return sorted({samples, *(2**power for power in range(samples.bit_length()) if 2**power <= samples)})
+
+
+def tapes_by_problem(
+    grid: Grid, rollouts: Iterable[tuple[Rollout, bool | None]], interval: int
+) -> dict[str, list[Tape]]:
+    """The samples of every problem, by example id, from rollouts with forecasts and their outcomes."""
+    tapes: dict[str, list[Tape]] = {}
+    for rollout, correct in rollouts:
+        completion = rollout.completion
+        if completion.scored is None:
+            raise ValueError(f"rollout {rollout.id} has no forecasts")
+        positions = reading_positions(len(completion.token_ids), interval)
+        readings = grid.joint(completion.scored[positions - 1])
+        answer = extract_answer(completion.text)
+        tape = Tape(positions, readings, completion.finish_reason, answer, correct)
+        tapes.setdefault(rollout.request.example.id, []).append(tape)
+    return tapes
+
+
+def difficulties(examples: Iterable[Example], column: str | None) -> dict[str, float] | None:
+    """How hard each example is, by id, from a column; None without one.
+
+    Raises:
+        DataError: an example lacks it, or has no number in it.
+    """
+    if column is None:
+        return None
+    levels: dict[str, float] = {}
+    for example in examples:
+        value = example.columns.get(column)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise DataError(f"pareto.difficulty: example {example.id!r} has no number in column {column!r}")
+        levels[example.id] = float(value)
+    return levels

@@ -5,16 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from posttrain.errors import DataError
 from posttrain.evaluation.pareto import (
     BEST_OF,
     MAJORITY,
     Tape,
     best_of,
+    difficulties,
     measure_pareto,
     reading_positions,
     replay,
+    tapes_by_problem,
 )
 from posttrain.recipe.pareto_schema import ParetoConfig
+from posttrain.rollout.types import Completion, Example, Rollout, RolloutRequest, Sampling
 from posttrain.zip_rc.controller import EarlyStopPolicy, ThresholdPolicy
 from posttrain.zip_rc.grid import Grid
 
@@ -115,3 +119,25 @@ def test_difficulty_may_be_given():
     assert effort["measure"] == "steps"
     assert len(effort["difficulty"]) == 5  # quintiles of twelve levels
     assert sum(effort["problems"]) == 12
+
+
+def test_tapes_of_rollouts():
+    logits = np.arange(12 * 6, dtype=np.float32).reshape(12, 6) % 7
+    request = RolloutRequest((1,), Example("a", "?"), "group", Sampling(max_tokens=12))
+    done = Completion(tuple(range(12)), (0.0,) * 12, "stop", "<answer> 4 </answer>", scored=logits)
+    short = Completion((1,), (0.0,), "length", "", scored=logits[:1])
+    rollouts = [(Rollout(request, done, 0, 0), True), (Rollout(request, short, 1, 0), None)]
+    [(name, [first, second])] = tapes_by_problem(GRID, rollouts, 8).items()
+    assert name == "a"
+    assert first.positions.tolist() == [1, 8, 12]
+    assert first.readings == pytest.approx(GRID.joint(logits[[0, 7, 11]]))
+    assert (first.ended, first.answer, first.correct) == ("stop", "4", True)
+    assert (second.tokens, second.ended, second.answer, second.correct) == (1, "length", None, None)
+
+
+def test_difficulty_is_a_number():
+    examples = [Example("a", "?", columns={"steps": 2}), Example("b", "?", columns={"steps": "many"})]
+    assert difficulties(examples, None) is None
+    assert difficulties(examples[:1], "steps") == {"a": 2.0}
+    with pytest.raises(DataError, match="example 'b' has no number in column 'steps'"):
+        difficulties(examples, "steps")

