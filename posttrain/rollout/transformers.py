@@ -112,15 +112,16 @@ class TransformersEngine:
         self, requests: Sequence[RolloutRequest], wave: Sequence[_Row], hosts: Mapping[Prompt, Host]
     ) -> list[Completion]:
         """Complete the rows of one wave."""
+        model: Any = self._model
         asked = [requests[row.request] for row in wave]
-        batch, logits = _prefill(self._model, [request.prompt_ids for request in asked], hosts)
+        batch, logits = _prefill(model, [request.prompt_ids for request in asked], hosts)
         samplings = [request.sampling for request in asked]
         sampler = RowSampler(
             samplings,
             [row.index for row in wave],
             logits.device,
             vocab_size=logits.shape[-1],
-            reserved=reserved_ids(self._model.config),
+            reserved=reserved_ids(model.config),
         )
         outcome = _Outcome(asked, self._eos, self.max_model_len, self._tokenizer, logits.shape[-1])
         logprobs = torch.empty(len(wave), outcome.longest, device=logits.device)

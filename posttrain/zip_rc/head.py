@@ -14,15 +14,15 @@ from posttrain.zip_rc.grid import CONFIG_KEY, Grid
 from posttrain.zip_rc.loss import States, chunked_kl, slice_logits
 
 
-def first_unused_id(model: Any, tokenizer: Any) -> int:
-    """The first token id above all that a text, a chat template or a setting of the model can have."""
-    settings = [model.config.get_text_config(), model.config, model.generation_config]
+def unused_ids(config: Any, tokenizer: Any) -> range:
+    """The token ids of a model above all that a text or the model's configuration can name; maybe none."""
     used = {*tokenizer.get_vocab().values(), *tokenizer.all_special_ids}
-    for config in settings:
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
-            value = getattr(config, name, None)
+    for settings in (config, config.get_text_config()):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(settings, name, None)
             used |= {token for token in (value if isinstance(value, list) else [value]) if token is not None}
-    return max(used) + 1
+    first = max(used) + 1
+    return range(first, max(first, config.get_text_config().vocab_size))
 
 
 def claim_slice(
@@ -47,7 +47,8 @@ def claim_slice(
         TrainingError: the configuration ties the embeddings to the head, but they are two matrices.
         DataError: there is no such grid.
     """
-    grid = Grid(first_unused_id(model, tokenizer), tuple(reward_values), tuple(length_edges))
+    first = unused_ids(model.config, tokenizer).start
+    grid = Grid(first, tuple(reward_values), tuple(length_edges))
     _check_tie(model)
     rows = min(output_head(model).weight.shape[0], model.config.get_text_config().vocab_size)
     if (needed := grid.first_id + grid.size) > rows:
