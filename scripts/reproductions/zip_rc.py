@@ -1,0 +1,235 @@
+"""ZIP-RC on recipes/tiny/zip_rc.yaml: are its forecasts calibrated, is the policy what it was, what is saved?
+
+Every seed trains a warm start of its own and then, from it, the full variant, the lite one, and a head on
+plain outcomes instead of values. Held-out problems are answered before and after; forecasts are compared with
+64 fresh rollouts of each of a hundred problems. What adaptive sampling makes of them is in `zip_rc_pareto`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from reproductions import common
+from reproductions.common import ROOT, claim, model_of, paired_interval, run, summary
+from reproductions.zip_rc_pareto import pareto_arms, pareto_claims
+
+from posttrain.recipe.schema import ModelConfig
+from posttrain.rollout.build import load_model
+from posttrain.rollout.tokens import reserved_ids
+
+SEEDS = (0, 1, 2)
+PROCESSES = 2
+"""Runs at a time; each computes in one thread."""
+RECIPE = ROOT / "recipes" / "tiny" / "zip_rc.yaml"
+WARM_START, TRAINING = slice(0, 2), slice(2, None)
+"""Stages of the recipe: up to the evaluation before, and from there on."""
+FAST = (
+    "stages[0].sft.max_steps=30",
+    "stages[0].sft.data.size=512",
+    "data.train.size=24",
+    "data.eval.size=6",
+    "rollout.max_tokens=40",
+)
+FAST_TRAINING = (
+    "stages[2].zip_rc.max_steps=2",
+    "stages[2].zip_rc.batch_size=8",
+    "stages[4].evaluate.data.size=4",
+    "stages[4].evaluate.samples=8",
+)
+TV_MARGIN, ECE_LIMIT, KL_LIMIT = 0.05, 0.05, 0.01
+
+Measured = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained: the options that differ from the recipe's stage."""
+
+    name: str
+    options: tuple[str, ...] = ()
+
+
+FULL = Arm("full")
+LITE = Arm("lite", ("variant=lite", "optimizer.learning_rate=1e-2"))
+OUTCOME = Arm("full, outcomes", ("label=outcome",))
+ARMS = (FULL, LITE, OUTCOME)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm and its seed; without an arm the seed's warm start."""
+
+    seed: int
+    fast: bool
+    arm: Arm | None = None
+    runs: Path = Path("runs")
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        arm = "warm-start" if self.arm is None else self.arm.name.replace(", ", "-")
+        return f"reproduce-zip-rc-{arm}{'-fast' if self.fast else ''}-{self.seed}"
+
+
+def measure(seeds: Sequence[int], fast: bool) -> dict[str, Any]:
+    """All arms on all seeds, `PROCESSES` at a time. With `fast` the full variant alone, here."""
+    if fast:
+        return measure_arms(seeds, (FULL,), True, lambda jobs: [do(job) for job in jobs])
+    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        return measure_arms(seeds, ARMS, False, lambda jobs: list(pool.map(do, jobs)))
+
+
+def measure_arms(
+    seeds: Sequence[int], arms: Sequence[Arm], fast: bool, do_all: Callable[[Sequence[Job]], list[Measured]]
+) -> dict[str, Any]:
+    """The warm starts, then the arms, then the claims."""
+    do_all([Job(seed, fast, runs=common.RUNS) for seed in seeds])
+    jobs = [Job(seed, fast, arm, common.RUNS) for arm in arms for seed in seeds]
+    table: dict[str, list[Measured]] = {}
+    for job, measured in zip(jobs, do_all(jobs), strict=True):
+        assert job.arm is not None
+        table.setdefault(job.arm.name, []).append(measured)
+    return report(table)
+
+
+def do(job: Job) -> Measured:
+    """Run a job if that has not been done, and measure its model."""
+    common.RUNS = job.runs
+    job.runs.mkdir(parents=True, exist_ok=True)
+    with (job.runs / f"{job.name}.log").open("a") as log, contextlib.redirect_stdout(log):
+        torch.set_num_threads(1)
+        overrides = [f"seed={job.seed}", *(FAST if job.fast else ())]
+        if job.arm is None:
+            run(RECIPE, job.name, overrides, WARM_START)
+            return {}
+        start = job.runs / Job(job.seed, job.fast).name
+        overrides += [f"model.path={model_of(start)}", *(FAST_TRAINING if job.fast else ())]
+        overrides += [f"stages[2].zip_rc.{option}" for option in job.arm.options]
+        return measure_run(start, run(RECIPE, job.name, overrides, TRAINING))
+
+
+def measure_run(start: Path, folder: Path) -> Measured:
+    """What the evaluations before and after a training say, and how far the policy has moved."""
+    path = folder / "measured.json"
+    if path.is_file():
+        kept: Measured = json.loads(path.read_text())
+        return kept
+    found = summary(folder)
+    (before,) = summary(start)["evaluations"]
+    evaluations = {evaluation["stage"].partition("-")[2]: evaluation for evaluation in found["evaluations"]}
+    after, forecasts = evaluations["after"], evaluations["forecasts"]["forecasts"]
+    measured: Measured = {
+        "accuracy_before": before["metrics"]["pass@1"]["value"],
+        "accuracy": after["metrics"]["pass@1"]["value"],
+        "greedy_before": before["metrics"]["greedy"]["value"],
+        "greedy": after["metrics"]["greedy"]["value"],
+        "length": after["metrics"]["mean_length"]["value"],
+        "kl": policy_kl(start, Path(model_of(folder)), before["stage"]),
+        "forecasts": forecasts,
+        "tokens_sampled": found["tokens_sampled"],
+        "seconds": found["seconds"],
+    }
+    if "pareto" in after:
+        measured["pareto"] = after["pareto"]
+    path.write_text(json.dumps(measured, indent=2) + "\n")
+    return measured
+
+
+def policy_kl(start: Path, model: Path, stage: str, rollouts: int = 256) -> float:
+    """KL(policy before || after) per token, over the first so many rollouts of the evaluation before.
+
+    Over the tokens that are not reserved, in one plain forward pass for each rollout.
+    """
+    rows = pq.read_table(start / "rollouts" / stage / "samples.parquet").to_pylist()
+    before, after = (load_model(ModelConfig(path=str(path))).eval() for path in (model_of(start), model))
+    reserved = list(reserved_ids(after.config))
+    total, tokens = 0.0, 0
+    for row in rows[:rollouts]:
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        first = len(row["prompt_ids"]) - 1
+        with torch.no_grad():
+            logits = [policy(ids).logits[0, first:-1] for policy in (before, after)]
+        for tensor in logits:
+            tensor[:, reserved] = -1e4  # exactly 0 as a probability
+        log_q, log_p = (tensor.log_softmax(-1) for tensor in logits)
+        total += float((log_q.exp() * (log_q - log_p)).sum())
+        tokens += len(log_q)
+    return total / tokens
+
+
+def mean_ece(forecasts: Mapping[str, Any]) -> float:
+    """Calibration error of the reward, the mean over positions by how many rollouts are at each."""
+    positions = forecasts["positions"]
+    weights = [position["rollouts"] for position in positions]
+    return sum(w * position["ece"] for w, position in zip(weights, positions, strict=True)) / sum(weights)
+
+
+def report(table: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
+    """Arms and claims; claims on arms that were not trained are left out."""
+    full = table[FULL.name]
+    forecasts = [row["forecasts"] for row in full]
+    gaps = [found["joint"]["tv"] - found["joint"]["tv_floor"] for found in forecasts]
+    errors = [mean_ece(found) for found in forecasts]
+    divergences = [row["kl"] for row in full]
+    mean = statistics.mean
+    claims = [
+        claim("total variation at the start above its sampling floor", f"<= {TV_MARGIN}", gaps,
+              mean(gaps) <= TV_MARGIN),
+        claim("calibration error of the reward, mean over positions", f"<= {ECE_LIMIT}", errors,
+              mean(errors) <= ECE_LIMIT),
+        claim("KL of the policy, nats per token", f"<= {KL_LIMIT}", divergences,
+              mean(divergences) <= KL_LIMIT),
+        unchanged("pass@1 after minus before, full", full),
+    ]  # fmt: skip
+    late = [found["end"]["auc"] - found["positions"][0]["auc"] for found in forecasts]
+    claims.append(claim("AUC of the reward, last position minus first", "> 0", late, min(late) > 0))
+    shares = [_length_share(found) for found in forecasts]
+    claims.append(
+        claim("error of remaining length, share of the best constant's", "< 1", shares, max(shares) < 1)
+    )
+    if LITE.name in table:
+        lite = table[LITE.name]
+        moved = [row["kl"] for row in lite]
+        claims.append(claim("KL of the policy, lite", "0", moved, max(moved) == 0))
+        better = [
+            ours["forecasts"]["end"]["auc"] - theirs["forecasts"]["end"]["auc"]
+            for ours, theirs in zip(full, lite, strict=True)
+        ]
+        claims.append(claim("AUC at the end, full minus lite", "> 0", better, min(better) > 0))
+    arms: dict[str, Any] = {
+        arm: {key: [row[key] for row in rows] for key in rows[0] if key not in ("pareto", *COSTS)}
+        for arm, rows in table.items()
+    }
+    tables = [row["pareto"] for row in full if "pareto" in row]
+    if tables:
+        claims += pareto_claims(tables)
+        arms["sampling"] = pareto_arms(tables)
+    costs = {name: {arm: [row[name] for row in rows] for arm, rows in table.items()} for name in COSTS}
+    return {"budgets": costs["tokens_sampled"], "seconds": costs["seconds"], "arms": arms, "claims": claims}
+
+
+COSTS = ("tokens_sampled", "seconds")
+
+
+def unchanged(name: str, rows: Sequence[Measured]) -> dict[str, Any]:
+    """The claim that accuracy is what it was, within the interval over seeds."""
+    after, before = [row["accuracy"] for row in rows], [row["accuracy_before"] for row in rows]
+    interval = paired_interval(after, before)
+    differences = [a - b for a, b in zip(after, before, strict=True)]
+    return claim(name, "interval has 0", differences, interval[0] <= 0 <= interval[1], interval=interval)
+
+
+def _length_share(forecasts: Mapping[str, Any]) -> float:
+    positions = forecasts["positions"]
+    ours = sum(position["rollouts"] * position["length_mae"] for position in positions)
+    return ours / sum(position["rollouts"] * position["length_mae_of_constant"] for position in positions)
