@@ -17,14 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from posttrain.rollout.types import Rollout
-from posttrain.zip_rc.grid import Grid, expected_length, expected_reward, value_label
+from posttrain.zip_rc.grid import Grid, expected_length, expected_reward
 
 Array = NDArray[np.float64]
 
 POSITIONS = 10
 """Positions at which forecasts are looked at, up to the length that a tenth of the rollouts reach."""
-VALUE_TOKENS = 8
-"""Positions at the end of a rollout over which the model's own value of its answer is the mean."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +129,12 @@ def forecast_quality(grid: Grid, traces: Sequence[ForecastTrace]) -> dict[str, A
 
 
 def _final_reward_bin(grid: Grid, trace: ForecastTrace) -> int:
-    """The reward that came: right or wrong on a grid of two levels, else the model's own value of its answer,
-    which is what such a head is trained on.
+    """The reward that came: right or wrong on a grid of two levels, else the model's own value of its answer
+    at the last position, which is what such a head is trained on.
     """
     if grid.reward_bins == 2:
         return int(grid.reward_bin(float(trace.correct)))
-    value = value_label(expected_reward(grid, trace.joint[-VALUE_TOKENS:]), VALUE_TOKENS)
-    return int(grid.reward_bin(value))
+    return int(grid.reward_bin(expected_reward(grid, trace.joint[-1])))
 
 
 def _at(

@@ -89,6 +89,6 @@ def test_on_a_grid_of_values_the_model_s_own_value_of_the_answer_counts():
     grid = Grid(0, VALUES, (0, 4))
     start, end = np.zeros((7, 1)), np.zeros((7, 1))
     start[5], end[4] = 1.0, 1.0
-    trace = ForecastTrace("a", np.stack([start, start, *[end] * 8]), correct=True)
+    trace = ForecastTrace("a", np.stack([start, start, end]), correct=True)
     assert forecast_quality(grid, [trace])["joint"]["tv"] == 1.0  # 5/6 foreseen, 4/6 came
     assert forecast_quality(grid, [])["rollouts"] == 0
