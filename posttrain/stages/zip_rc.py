@@ -1,7 +1,7 @@
 """ZIP-RC: rollouts, values of their answers, and a model that forecasts both at every token.
 
-The phases are written to the run folder as they end (`data/STAGE/rollouts.parquet`, `values.json`), and the
-trainings have checkpoints, so that an interrupted stage goes on where it was.
+What is sampled and valued is written to the run folder (`data/STAGE/rollouts-*.parquet`, `values.json`), and
+the trainings have checkpoints, so that an interrupted stage goes on where it was.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from posttrain.data.prompts import encode_prompt
 from posttrain.data.sources import load_examples
 from posttrain.errors import DataError
 from posttrain.recipe.schema import ModelConfig, ZipRcStage
+from posttrain.rewards.scorer import Scorer
 from posttrain.rewards.shared import SharedEngine
 from posttrain.rollout.build import build_engine, load_model, load_tokenizer
-from posttrain.rollout.engine import require_finite
-from posttrain.rollout.types import Rollout, RolloutRequest, Sampling, make_rollouts, with_seed
+from posttrain.rollout.engine import RolloutEngine, require_finite
+from posttrain.rollout.types import Example, Rollout, RolloutRequest, Sampling, make_rollouts, with_seed
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.stages.evaluate import is_correct
 from posttrain.training.arguments import optimizer_arguments
@@ -40,6 +42,8 @@ from posttrain.zip_rc.trainer import ForecastSettings, ForecastTrainer, forecast
 
 CRITIC = "critic"
 """Folder of the throw-away head's checkpoints, below the stage's own."""
+PROMPTS_AT_A_TIME = 2048
+"""Prompts whose rollouts are written together: what an interruption loses at most."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +99,34 @@ def _mean(values: Any) -> float | None:
 
 def _rollouts(stage: ZipRcStage, context: StageContext) -> tuple[list[Trace], dict[str, int]]:
     """Finished and scored rollouts of the model as it is, and counts of all; written, or read again."""
-    path = context.folder("data") / "rollouts.parquet"
-    if not on_first_rank(path.is_file):
-        rows, counts = _sample(stage, context)
-        on_first_rank(lambda: _write(path, rows, counts))
-    table = pq.read_table(path)
-    counts = json.loads(table.schema.metadata[b"counts"])
-    columns = [table[name].to_pylist() for name in table.column_names]
-    traces = [Trace(name, tuple(p), tuple(c), right) for name, p, c, right in zip(*columns, strict=True)]
-    return traces, counts
+    recipe, folder = context.recipe, context.folder("data")
+    source = context.data(stage.data or recipe.data.train)
+    examples = load_examples(source)
+    paths = [folder / f"rollouts-{start:08d}.parquet" for start in range(0, len(examples), PROMPTS_AT_A_TIME)]
+    missing = on_first_rank(lambda: [place for place, path in enumerate(paths) if not path.is_file()])
+    if missing:
+        tokenizer = load_tokenizer(context.model)
+        sampling = Sampling(
+            max_tokens=recipe.rollout.max_tokens,
+            n=stage.samples,
+            temperature=recipe.rollout.temperature,
+            stop=tuple(recipe.rollout.stop),
+            banned_ids=_slice_ids(stage, context.model, tokenizer),
+        )
+        engine = build_engine(recipe.rollout, context.model, tokenizer, seed=recipe.seed)
+        try:
+            with context.scorer(recipe.rewards_of(stage), SharedEngine(engine, tokenizer)) as scorer:
+                for place in missing:
+                    context.show(place, len(paths), {"phase": "sampling"})
+                    part = examples[place * PROMPTS_AT_A_TIME :][:PROMPTS_AT_A_TIME]
+                    prompts = [(row, encode_prompt(row, tokenizer, source.format)) for row in part]
+                    rows, counts = _sample(stage, context, engine, scorer, prompts, sampling)
+                    on_first_rank(partial(_write, paths[place], rows, counts))
+        finally:
+            engine.close()
+    read = [_read(path) for path in paths]
+    traces = [trace for part, _ in read for trace in part]
+    return traces, {name: sum(counts[name] for _, counts in read) for name in read[0][1]}
 
 
 def _write(path: Path, rows: Sequence[Trace], counts: dict[str, int]) -> None:
@@ -117,40 +140,34 @@ def _write(path: Path, rows: Sequence[Trace], counts: dict[str, int]) -> None:
         pq.write_table(pa.table(columns, metadata={"counts": json.dumps(counts)}), file)
 
 
-def _sample(stage: ZipRcStage, context: StageContext) -> tuple[list[Trace], dict[str, int]]:
+def _read(path: Path) -> tuple[list[Trace], dict[str, int]]:
+    table = pq.read_table(path)
+    columns = [table[name].to_pylist() for name in table.column_names]
+    traces = [Trace(name, tuple(p), tuple(c), right) for name, p, c, right in zip(*columns, strict=True)]
+    return traces, json.loads(table.schema.metadata[b"counts"])
+
+
+def _sample(
+    stage: ZipRcStage,
+    context: StageContext,
+    engine: RolloutEngine,
+    scorer: Scorer,
+    prompts: Sequence[tuple[Example, tuple[int, ...]]],
+    sampling: Sampling,
+) -> tuple[list[Trace], dict[str, int]]:
     """Sample and score this process's share of the prompts; the traces of all processes, in order."""
-    recipe = context.recipe
-    source = context.data(stage.data or recipe.data.train)
-    tokenizer = load_tokenizer(context.model)
-    examples = load_examples(source)
-    start, end = (place * len(examples) // context.world for place in (context.rank, context.rank + 1))
-    context.show(0, 1, {"phase": "sampling"})
-    engine = build_engine(recipe.rollout, context.model, tokenizer, seed=recipe.seed)
-    sampling = Sampling(
-        max_tokens=recipe.rollout.max_tokens,
-        n=stage.samples,
-        temperature=recipe.rollout.temperature,
-        stop=tuple(recipe.rollout.stop),
-        banned_ids=_slice_ids(stage, context.model, tokenizer),
-    )
+    start, end = (place * len(prompts) // context.world for place in (context.rank, context.rank + 1))
     requests = [
         with_seed(
-            RolloutRequest(encode_prompt(example, tokenizer, source.format), example, example.id, sampling),
-            recipe.seed,
-            context.name,
-            example.id,
+            RolloutRequest(ids, example, example.id, sampling), context.recipe.seed, context.name, example.id
         )
-        for example in examples[start:end]
+        for example, ids in prompts[start:end]
     ]
-    try:
-        with context.scorer(recipe.rewards_of(stage), SharedEngine(engine, tokenizer)) as scorer:
-            answers = engine.generate(requests)
-            require_finite(requests, answers)
-            batch = make_rollouts(requests, answers, engine.version)
-            scorer.score(batch.rollouts)
-    finally:
-        engine.close()
-    reward = stage.correct.reward or recipe.rewards_of(stage)[0].name
+    answers = engine.generate(requests)
+    require_finite(requests, answers)
+    batch = make_rollouts(requests, answers, engine.version)
+    scorer.score(batch.rollouts)
+    reward = stage.correct.reward or context.recipe.rewards_of(stage)[0].name
     outcomes = [is_correct(rollout, reward, stage.correct.threshold) for rollout in batch]
     traces = [
         _trace(rollout, outcome)
