@@ -126,6 +126,26 @@ SELF_PREDICTIONS = (
         "tokens",
     ),
 )
+MIXTURE = (
+    Chart(
+        "Weight of imitation",
+        "Of the demonstrations' loss; the policy gradient has the rest of 1.",
+        (("amft/mu", "mu"),),
+    ),
+    Chart(
+        "What each loss climbs",
+        "Of the held-out reward, along its own gradient: imitation gains weight while its line is the upper.",
+        (("amft/climb/imitation", "imitation"), ("amft/climb/policy", "policy gradient")),
+        "fine",
+    ),
+    Chart("Meta-gradient", "On the scale that the recipe asks for.", (("amft/meta_gradient", "mu"),), "fine"),
+    Chart("Held-out reward", "Of prompts that nothing is trained on.", (("amft/utility", "reward"),)),
+    Chart(
+        "Entropy and its target",
+        "In nats a token, estimated from the completions.",
+        (("amft/entropy", "entropy"), ("amft/target_entropy", "target")),
+    ),
+)
 ELSEWHERE = ("seconds/", "tokens/", "masa/level/")
 """Metrics that other parts of the report show."""
 
@@ -152,8 +172,8 @@ def _policy_groups(stage: Stage) -> tuple[tuple[str, tuple[Chart, ...]], ...]:
     lines = tuple((name, name.removeprefix("rewards/").removesuffix("/mean")) for name in means)
     each = Chart("Each reward", "Mean of each reward function, unweighted.", lines)
     learning = (LEARNING[0], each, *LEARNING[1:]) if len(means) > 1 else LEARNING
-    own = ("Self-predictions", SELF_PREDICTIONS)
-    return ("Learning", learning), own, ("Health", HEALTH), ("Optimisation", (*OPTIMISER, LOSS))
+    own = (("Self-predictions", SELF_PREDICTIONS), ("Imitation and reinforcement", MIXTURE))
+    return ("Learning", learning), *own, ("Health", HEALTH), ("Optimisation", (*OPTIMISER, LOSS))
 
 
 def _drawable(stage: Stage, charts: Iterable[Chart]) -> list[dict[str, Any]]:
