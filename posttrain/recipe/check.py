@@ -38,7 +38,7 @@ from posttrain.recipe.schema import (
 )
 from posttrain.recipe.soar_plan import soar_problems
 from posttrain.recipe.spelling import did_you_mean
-from posttrain.recipe.zip_rc_plan import zip_rc_problems
+from posttrain.recipe.zip_rc_plan import forecast_problems, zip_rc_problems
 
 Finding = tuple[str, str]
 """Key and sentence."""
@@ -420,6 +420,7 @@ def _evaluate(recipe: Recipe, stage: EvaluateStage, key: str) -> Iterator[Findin
     if names and wanted is not None and wanted not in names:
         text = f"there is no reward {wanted!r}; there are {', '.join(names)}."
         yield f"{key}.correct.reward", text + did_you_mean(wanted, names)
+    yield from forecast_problems(recipe, stage, key)
 
 
 def _notes(recipe: Recipe, kinds: Collection[str]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from posttrain.recipe.model_info import DTYPE_BYTES, ModelInfo
+from posttrain.recipe.pareto_schema import FORECAST_METRICS
 from posttrain.recipe.preference_schema import PreferenceStage
 from posttrain.recipe.schema import (
     AnnotatePreferencesStage,
@@ -119,7 +120,7 @@ def size_of(stage: Stage, recipe: Recipe) -> StageSize:
         case EvaluateStage():
             if rows is None:
                 return StageSize(None, None, None, None)
-            of_samples = ("mean_length", "meta", "forecasts")
+            of_samples = ("mean_length", "meta", *FORECAST_METRICS)
             sampled = any("@" in metric or metric in of_samples for metric in stage.metrics)
             answers = rows * (stage.samples * sampled + ("greedy" in stage.metrics))
             told = rows * stage.meta.samples * ("meta" in stage.metrics)

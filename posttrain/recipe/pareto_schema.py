@@ -6,6 +6,9 @@ from pydantic import Field
 
 from posttrain.recipe.data_schema import Section
 
+FORECAST_METRICS = ("forecasts", "pareto")
+"""Metrics of models that a stage `zip_rc` has trained."""
+
 
 class ParetoConfig(Section):
     """Metric `pareto`: accuracy against compute and latency for ways to spend several samples of a problem.

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from posttrain.recipe.data_schema import DataSource, Section
 from posttrain.recipe.meta_schema import MetaEvaluation
 from posttrain.recipe.mrt_schema import THINKING_METRICS, ThinkingConfig
+from posttrain.recipe.pareto_schema import FORECAST_METRICS, ParetoConfig
 from posttrain.recipe.rewards_schema import RewardSpec, reward_specs
 
 LossKind = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "rloo", "reinforce_pp"]
@@ -202,12 +203,15 @@ class EvaluateStage(Section):
     metrics: list[str] = Field(default=["pass@1", "mean_length"])
     """`pass@K` (unbiased), `maj@K`, `greedy` (accuracy at temperature 0), `mean_length`; `meta`, how well the
     model predicts its own pass rate and length before solving; `forecasts`, how well a model of stage
-    `zip_rc` foresees them at every token; of thinking cut short, `regret`, `budget_curve` (accuracy against
-    tokens) and `episode_votes` (majority votes after each episode)."""
+    `zip_rc` foresees them at every token, and `pareto`, what decoding gains by that; of thinking cut short,
+    `regret`, `budget_curve` (accuracy against tokens) and `episode_votes` (majority votes after each
+    episode)."""
     thinking: ThinkingConfig = ThinkingConfig.model_construct()
     """How thinking is cut short for the last three."""
     meta: MetaEvaluation = MetaEvaluation.model_construct()
     """How metric `meta` is measured."""
+    pareto: ParetoConfig = ParetoConfig.model_construct()
+    """What metric `pareto` compares."""
     correct: CorrectConfig = CorrectConfig.model_construct()
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
     """Coverage of the intervals."""
@@ -223,10 +227,11 @@ class EvaluateStage(Section):
         for metric in metrics:
             base, _, k = metric.partition("@")
             if not (
-                metric in ("greedy", "mean_length", "meta", "forecasts", *THINKING_METRICS)
+                metric in ("greedy", "mean_length", "meta", *FORECAST_METRICS, *THINKING_METRICS)
                 or (base in ("pass", "maj") and k.isdigit() and int(k) > 0)
             ):
-                known = ("pass@K", "maj@K", "greedy", "mean_length", "meta", "forecasts", *THINKING_METRICS)
+                kinds = ("pass@K", "maj@K", "greedy", "mean_length", "meta")
+                known = (*kinds, *FORECAST_METRICS, *THINKING_METRICS)
                 raise ValueError(f"unknown metric {metric!r}; known: {', '.join(known)}")
         return metrics
 
@@ -235,4 +240,8 @@ class EvaluateStage(Section):
         needed = max((int(m.partition("@")[2]) for m in self.metrics if "@" in m), default=1)
         if needed > self.samples:
             raise ValueError(f"metrics ask for {needed} samples of a problem, samples is {self.samples}")
+        if "pareto" in self.metrics and self.samples < 2:
+            raise ValueError("metric pareto spends several samples of a problem: set samples, 8 for example")
+        if "pareto" in self.metrics and self.temperature == 0:
+            raise ValueError("metric pareto needs samples that differ: set temperature above 0")
         return self

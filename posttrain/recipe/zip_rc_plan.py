@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
-from posttrain.recipe.schema import Recipe, ZipRcStage
+from posttrain.recipe.pareto_schema import FORECAST_METRICS
+from posttrain.recipe.schema import EvaluateStage, Recipe, ZipRcStage
 from posttrain.recipe.spelling import did_you_mean
 
 
@@ -16,6 +19,33 @@ def zip_rc_line(stage: ZipRcStage, rows: int | None, cap: int) -> str:
         return what
     rollouts, steps = rows * stage.samples, stage.trainings * stage.steps_for(rows * stage.samples)
     return f"{what}: {rollouts:,} rollouts, at most {rollouts * cap:,} sampled tokens, {steps:,} steps"
+
+
+def forecast_problems(recipe: Recipe, stage: EvaluateStage, key: str) -> Iterator[tuple[str, str]]:
+    """Keys and sentences about metrics that need forecasts where there are none."""
+    asked = [metric for metric in stage.metrics if metric in FORECAST_METRICS]
+    if not asked:
+        return
+    before = recipe.stages[: [spec.config for spec in recipe.stages].index(stage)]
+    if not any(spec.kind == "zip_rc" for spec in before) and _foresees(recipe.model.path) is False:
+        yield (
+            f"{key}.metrics",
+            f"{asked[0]} needs a model that forecasts: put a stage zip_rc before this one.",
+        )
+    if recipe.tools is not None:
+        yield f"{key}.metrics", f"{asked[0]} cannot be measured with tools."
+    if recipe.rollout.engine != "transformers" and (stage.top_p < 1 or stage.top_k):
+        text = f"{asked[0]} cannot be measured with top_p or top_k on engine {recipe.rollout.engine}."
+        yield f"{key}.metrics", text
+
+
+def _foresees(path: str) -> bool | None:
+    """Whether a model folder has a grid; None if that cannot be told from here."""
+    file = Path(path).expanduser() / "config.json"
+    try:
+        return "zip_rc" in json.loads(file.read_bytes())  # CONFIG_KEY of zip_rc/grid.py, which needs numpy
+    except (OSError, ValueError):
+        return None
 
 
 def zip_rc_problems(recipe: Recipe, stage: ZipRcStage, key: str) -> Iterator[tuple[str, str]]:

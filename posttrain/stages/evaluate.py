@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,12 @@ from accelerate.utils import gather_object
 from posttrain.data.sources import load_examples
 from posttrain.evaluation.forecasts import forecast_quality, forecast_traces
 from posttrain.evaluation.metrics import Estimate, estimate
+from posttrain.evaluation.pareto import difficulties, measure_pareto, tapes_by_problem
 from posttrain.evaluation.samples import GREEDY_ROLE, group_by_problem, problem_values
 from posttrain.evaluation.self_predictions import questions, self_assessment
 from posttrain.evaluation.thinking import Trace, thinking_curves, thinking_metrics, trace_points, wanted
 from posttrain.recipe.mrt_schema import THINKING_METRICS
+from posttrain.recipe.pareto_schema import FORECAST_METRICS
 from posttrain.recipe.schema import EvaluateStage
 from posttrain.rewards.scorer import Scorer
 from posttrain.rewards.shared import SharedEngine
@@ -25,6 +27,7 @@ from posttrain.rollout.tools_engine import prompts_of, with_tools
 from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, Sampling, make_rollouts, with_seed
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.record import rollout_rows, write_json, write_rollouts
+from posttrain.zip_rc.grid import Grid
 
 SEED = 0
 """Evaluations use the same sampling seeds whatever the run's seed: two runs differ by their models alone."""
@@ -39,7 +42,8 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     tokenizer = load_tokenizer(context.model)
     prompts = prompts_of(recipe.tools, tokenizer, source.format)
     examples = load_examples(source)
-    grid = load_grid(context.model) if "forecasts" in stage.metrics else None
+    grid = None if set(FORECAST_METRICS).isdisjoint(stage.metrics) else load_grid(context.model)
+    levels = difficulties(examples, stage.pareto.difficulty) if "pareto" in stage.metrics else None
     sampling = Sampling(
         max_tokens=stage.max_tokens or recipe.rollout.max_tokens,
         n=stage.samples,
@@ -63,23 +67,16 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     try:
         with context.scorer(rewards, SharedEngine(engine, tokenizer)) as scorer:
             sampled = _answer(requests, engine, scorer, context, "sampling")
-            greedy = None
+            greedy = RolloutBatch([])
             if "greedy" in stage.metrics:
-                once = replace(sampling, n=1, temperature=0.0, top_p=1.0, top_k=0, scored_ids=())
-                greedy = _answer(
-                    [replace(request, sampling=once, role=GREEDY_ROLE) for request in requests],
-                    engine,
-                    scorer,
-                    context,
-                    "greedy",
-                )
+                greedy = _answer([_once(request) for request in requests], engine, scorer, context, "greedy")
             traces = _cut_short(stage, sampled, engine, tokenizer, scorer, reward, context)
             asked = questions(requests, stage.meta, prompts.encode) if "meta" in stage.metrics else []
             told = _answer(asked, engine, None, context, "self-predictions")
     finally:
         engine.close()
 
-    rollouts = sampled.rollouts + (greedy.rollouts if greedy else [])
+    rollouts = (sampled + greedy).rollouts
     correct = [is_correct(rollout, reward, stage.correct.threshold) for rollout in rollouts]
     metrics = measure(stage, rollouts, correct) | thinking_metrics(stage, traces)
     rows = rollout_rows(
@@ -105,12 +102,38 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
         sampled_ones = zip(sampled, correct[: len(sampled)], strict=True)
         summary["meta"] = self_assessment(list(sampled_ones), told.rollouts, stage.meta)
     if grid:
-        scored = zip(sampled, correct[: len(sampled)], strict=True)
-        summary["forecasts"] = forecast_quality(grid, forecast_traces(grid, list(scored)))
+        scored = list(zip(sampled, correct[: len(sampled)], strict=True))
+        summary |= _foreseen(stage, context, grid, scored, levels)
     if context.rank == 0:
         write_rollouts(context.folder("rollouts") / "samples.parquet", rows)
         write_json(context.folder("evaluations") / "metrics.json", summary)
     return StageResult(context.model, {"evaluation": summary})
+
+
+def _foreseen(
+    stage: EvaluateStage,
+    context: StageContext,
+    grid: Grid,
+    sampled: Sequence[tuple[Rollout, bool | None]],
+    levels: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """What the summary says about forecasts; `pareto.json` has metric `pareto` by problem."""
+    found: dict[str, Any] = {}
+    if "forecasts" in stage.metrics:
+        found["forecasts"] = forecast_quality(grid, forecast_traces(grid, sampled))
+    if "pareto" in stage.metrics and context.rank == 0:
+        context.show(0, 1, {"phase": "playing policies"})
+        tapes = tapes_by_problem(grid, sampled, stage.pareto.interval)
+        pareto = measure_pareto(tapes, grid, stage.pareto, stage.samples, levels)
+        found["pareto"] = pareto.summary(stage.confidence)
+        write_json(context.folder("evaluations") / "pareto.json", pareto.table())
+    return found
+
+
+def _once(request: RolloutRequest) -> RolloutRequest:
+    """The request for the completion at temperature 0."""
+    sampling = replace(request.sampling, n=1, temperature=0.0, top_p=1.0, top_k=0, scored_ids=())
+    return replace(request, sampling=sampling, role=GREEDY_ROLE)
 
 
 def _answer(
@@ -183,5 +206,5 @@ def measure(
         for rollout, outcome in zip(rollouts, correct, strict=True)
     ]
     problems = list(group_by_problem(rows).values())
-    names = [name for name in stage.metrics if name not in ("meta", "forecasts", *THINKING_METRICS)]
+    names = [name for name in stage.metrics if name not in ("meta", *FORECAST_METRICS, *THINKING_METRICS)]
     return {name: estimate(problem_values(name, problems), stage.confidence) for name in names}
