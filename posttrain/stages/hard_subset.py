@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from accelerate.utils import gather_object
 
 from posttrain.data.prompts import Prompts, check_lengths
-from posttrain.data.sources import load_examples
+from posttrain.data.sources import dress, load_examples
 from posttrain.errors import DataError
 from posttrain.recipe.schema import HardSubsetStage
 from posttrain.rewards.scorer import Scorer
@@ -59,7 +59,8 @@ def run(stage: HardSubsetStage, context: StageContext) -> StageResult:
     source = context.data(stage.data or recipe.data.train)
     tokenizer = load_tokenizer(context.model)
     prompts = Prompts(tokenizer, source.format)
-    examples = load_examples(source)
+    # Rows are written as they were: later stages put the same template around them and other questions.
+    examples = load_examples(source.model_copy(update={"template": None, "system": None}))
     found = _Outcomes(context.folder("journal"), context.rank)
     known = on_first_rank(found.read)
     left = [example for example in examples if example.id not in known][context.rank :: context.world]
@@ -69,9 +70,10 @@ def run(stage: HardSubsetStage, context: StageContext) -> StageResult:
     try:
         with context.scorer(recipe.rewards_of(stage), SharedEngine(engine, tokenizer)) as scorer:
             room = engine.max_model_len - recipe.rollout.max_tokens
-            asked, _ = (
-                check_lengths([(e, prompts.encode(e)) for e in left], room, "error") if left else ([], 0)
-            )
+            dressed = [replace(e, prompt=dress(e.prompt, source, f"problem {e.id}")) for e in left]
+            asked = [(example, prompts.encode(example)) for example in dressed]
+            if asked:
+                check_lengths(asked, room, "error")
             for start in range(0, len(asked), stage.problems_at_a_time):
                 context.stop.check()
                 part = asked[start : start + stage.problems_at_a_time]
