@@ -64,8 +64,6 @@ class RowSampler:
         samplings: Sequence[Sampling],
         indices: Sequence[int],
         device: torch.device,
-        *,
-        vocab_size: int,
         reserved: Sequence[int] = (),
     ) -> None:
         self._device = device
@@ -82,11 +80,11 @@ class RowSampler:
         self._top_k = torch.tensor([sampling.top_k for sampling in samplings], device=device)
         self._top_p = torch.tensor([sampling.top_p for sampling in samplings], device=device)
         bans = [(*reserved, *sampling.banned_ids) for sampling in samplings]
-        kinds = {ids: kind for kind, ids in enumerate(dict.fromkeys(bans))}
-        self._banned = torch.zeros(len(kinds), vocab_size, dtype=torch.bool, device=device)
-        for ids, kind in kinds.items():
-            self._banned[kind, list(ids)] = True
-        self._bans = torch.tensor([kinds[ids] for ids in bans], device=device)  # (B,): row of `_banned`
+        most = max(map(len, bans))
+        # (B, M), filled up with one of the row's own, or for a row without any, with one that stays as it is.
+        padded = [(*ids, *(ids or (0,))[:1] * (most - len(ids))) for ids in bans]
+        self._banned = torch.tensor(padded, dtype=torch.long, device=device)
+        self._bans = torch.tensor([bool(ids) for ids in bans], device=device)[:, None]
         # Known on the host, so that the usual case costs no work and no wait for the device.
         self._any_banned = any(bans)
         self._any_greedy = any(greedy)
@@ -94,7 +92,10 @@ class RowSampler:
         self._any_truncated = any(sampling.top_k > 0 or sampling.top_p < 1 for sampling in samplings)
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next token (B,) and its log-probability (B,) for the active rows' logits (B, V)."""
+        """Next token (B,) and its log-probability (B,) for the active rows' logits (B, V).
+
+        Where tokens are banned, the logits are overwritten.
+        """
         rows = max(1, _MAX_ELEMENTS // logits.shape[-1])
         uniforms = self._next_uniforms()
         parts = [
@@ -109,7 +110,7 @@ class RowSampler:
         """Keep only the given rows: `rows` on the device and `kept` on the host hold the same indices."""
         self._streams = [self._streams[row] for row in kept]
         self._uniforms = self._uniforms[rows]
-        self._bans = self._bans[rows]
+        self._banned, self._bans = self._banned[rows], self._bans[rows]
         self._greedy = self._greedy[rows]
         self._temperature = self._temperature[rows]
         self._top_k = self._top_k[rows]
@@ -120,7 +121,9 @@ class RowSampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = logits.float()
         if self._any_banned:  # before all that looks at the other logits
-            logits = logits.masked_fill(self._banned[self._bans[rows]], -torch.inf)
+            # In place, and only where it changes something: a copy would cost as much as the softmax.
+            ids = self._banned[rows]
+            logits.scatter_(1, ids, logits.gather(1, ids).masked_fill_(self._bans[rows], -torch.inf))
         if self._any_scaled:
             logits = logits / self._temperature[rows]
         if self._any_truncated:

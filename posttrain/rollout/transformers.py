@@ -120,8 +120,7 @@ class TransformersEngine:
             samplings,
             [row.index for row in wave],
             logits.device,
-            vocab_size=logits.shape[-1],
-            reserved=reserved_ids(model.config),
+            reserved_ids(model.config),
         )
         outcome = _Outcome(asked, self._eos, self.max_model_len, self._tokenizer, logits.shape[-1])
         logprobs = torch.empty(len(wave), outcome.longest, device=logits.device)
