@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from posttrain.errors import RecipeError
+from posttrain.recipe.stage_schema import LossConfig
 from posttrain.rollout.engine import RolloutEngine
 from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, Sampling, make_rollouts
 
@@ -102,7 +103,8 @@ class StepContext:
     `rng` is derived from (run seed, step, method, rank), `log` adds a value to the step's metrics (averaged
     when called several times), `model` is the unwrapped policy, `score` fills the rewards of rollouts in
     place. `gather` gives the values of all ranks in rank order: a collective, so every rank must call it.
-    `sampling` is how the stage's own completions are sampled, `seed` the run's, `rank` one of `world`.
+    `sampling` is how the stage's own completions are sampled, `loss` the stage's, `seed` the run's, `rank`
+    one of `world`.
     """
 
     step: int
@@ -114,6 +116,7 @@ class StepContext:
     score: Callable[[Sequence[Rollout]], None]
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=1024))
+    loss: LossConfig = field(default_factory=LossConfig)
     seed: int = 0
     rank: int = 0
     world: int = 1

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from posttrain.errors import TrainingError
-from posttrain.methods.base import Channel, Method, StepContext
+from posttrain.methods.base import CHANNELS, Channel, Compared, Comparison, Method, StepContext
 from posttrain.rollout.types import Completion, Rollout, RolloutBatch
-from posttrain.training.advantages import Floats, group_advantages
+from posttrain.training.advantages import Floats, group_advantages, token_factor
 
 SOLUTION = "solution"
 EFFICIENCY = "efficiency"
@@ -68,6 +68,9 @@ class Config(BaseModel):
     """The reward that says what is correct; None is the one the recipe lists first."""
     threshold: float = 1.0
     """Correct is a reward of at least this."""
+    compare_gradients: int | None = Field(default=None, ge=1)
+    """Every how many steps the gradients of the two channels are compared, which takes another forward and
+    backward pass of the completions with an advantage; None never does."""
 
 
 def costs(completions: Sequence[Completion], cost: Cost) -> Floats:
@@ -117,6 +120,11 @@ class Hdpo(Method):
     name = "hdpo"
     Config = Config
 
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self._channel = Channel(EFFICIENCY, {})
+        """The efficiency channel of the step, as it would be without `combine`."""
+
     def channels(self, batch: RolloutBatch, context: StepContext) -> list[Channel]:
         """Raises:
         TrainingError: a rollout lacks the reward that says what is correct.
@@ -140,11 +148,43 @@ class Hdpo(Method):
             return []
         if config.combine == "advantage":
             share = _share_of_tokens(rollouts, advantages) if config.normalizer == "qualifying" else 1.0
-            summed = accuracy + config.weight / (share or 1.0) * advantages
-            return [Channel("outcome", _by_id(rollouts, summed))]
+            weight = config.weight / (share or 1.0)
+            self._channel = Channel(EFFICIENCY, _by_id(rollouts, advantages), weight)
+            return [Channel("outcome", _by_id(rollouts, accuracy + weight * advantages))]
         kept = np.ones(len(rollouts), dtype=bool) if config.normalizer == "all" else _active(advantages)
         chosen = [rollout for rollout, keep in zip(rollouts, kept, strict=True) if keep]
-        return [Channel(EFFICIENCY, _by_id(chosen, advantages[kept]), config.weight)]
+        self._channel = Channel(EFFICIENCY, _by_id(chosen, advantages[kept]), config.weight)
+        return [self._channel]
+
+    def compare(self, batch: RolloutBatch, context: StepContext) -> Comparison | None:
+        """The gradient of the efficiency channel's loss at ratio 1, where that is asked for."""
+        every, own = self.config.compare_gradients, self._channel.advantages
+        if self.config.weight == 0 or every is None or context.step % every:
+            return None
+        lengths = {r.id: r.completion.sampled_tokens for r in batch if r.id in own}
+        counted = context.gather((len(lengths), sum(lengths.values())))
+        sequences, tokens = (float(sum(values)) for values in zip(*counted, strict=True))
+        # The comparison is a mean over completions: this gives their tokens the factors of the loss.
+        factors = {
+            key: sequences
+            * token_factor(context.loss.kind, length, sequences, tokens, context.sampling.max_tokens)
+            for key, length in lengths.items()
+        }
+        return Comparison({key: float(value) * factors[key] for key, value in own.items()}, {CHANNELS: 1.0})
+
+    def compared(self, result: Compared, context: StepContext) -> None:
+        """Log the norms of both channels' gradients, weights included, their ratio and their cosine."""
+        weight = self._channel.weight
+        efficiency = weight * result.norm
+        # The gradient of all channels is that of accuracy minus weight · the comparison's.
+        product = result.products[CHANNELS] + weight * result.norm**2
+        square = result.combined_norm**2 + 2 * weight * result.products[CHANNELS] + efficiency**2
+        accuracy = max(square, 0.0) ** 0.5
+        context.log("gradient/efficiency", efficiency)
+        context.log("gradient/accuracy", accuracy)
+        if accuracy > 0 and result.norm > 0:
+            context.log("gradient/ratio", efficiency / accuracy)
+            context.log("gradient/cosine", -product / (accuracy * result.norm))
 
     def _is_correct(self, rollout: Rollout) -> bool:
         name = self.config.reward or next(iter(rollout.rewards), None)

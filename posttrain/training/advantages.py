@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -186,3 +186,26 @@ def _scaled(
     squares = np.bincount(index, np.square(_centred(rewards, groups)), len(sizes))
     std = np.sqrt(squares / np.maximum(sizes - 1, 1))
     return advantages / (std[index] + eps)
+
+
+def token_factor(kind: LossKind, length: Any, sequences: float, tokens: float, max_tokens: int) -> Any:
+    """The factor of a token in the sum that is the loss.
+
+    grpo, gspo     1 / (tokens of its completion × completions): mean of the completions' means
+    dr_grpo        1 / (completions × max_tokens): no length bias (Liu et al. 2025, "Dr. GRPO")
+    rloo           1 / completions: a completion is one action, its log-prob a sum (Ahmadian et al. 2024)
+    dapo, bnpo, cispo, reinforce_pp
+                   1 / tokens: mean over the tokens of the batch (Yu et al. 2025, "DAPO", section 3.3).
+                   TRL's bnpo takes the mean within each micro-batch and so depends on the cut; ours does not.
+
+    Args:
+        kind: of the loss.
+        length: tokens of the token's completion, a number or an array of them.
+        sequences: completions that are trained.
+        tokens: their tokens.
+        max_tokens: the cap on a completion.
+    """
+    if kind in ("grpo", "gspo"):
+        return 1.0 / (length * sequences)
+    count = {"dr_grpo": sequences * max_tokens, "rloo": sequences}.get(kind, tokens)
+    return 1.0 / max(count, 1.0)

@@ -37,6 +37,10 @@ def update_metrics(tally: Tally, stats: Stats) -> float:
     for key, name in METRIC_NAMES.items():
         if key in values:
             tally.mean(name, values[key], tokens)
+    for key, value in values.items():
+        channel, slash, kind = key.rpartition("/")
+        if slash and kind != "tokens":
+            tally.mean(f"ratio/{channel}/{kind}", value, values[f"{channel}/tokens"])
     return values.get("mismatch", 0.0)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from posttrain.recipe.schema import ImportanceConfig, LossConfig, LossKind
+from posttrain.training.advantages import token_factor
 
 Stats = dict[str, torch.Tensor]
 
@@ -39,22 +40,10 @@ class Denominators:
 def token_weights(
     kind: LossKind, sequence: torch.Tensor, denominators: Denominators, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """The factor [N] of each token in the sum that is the loss.
-
-    grpo, gspo     1 / (tokens of its completion × completions): mean of the completions' means
-    dr_grpo        1 / (completions × max_tokens): no length bias (Liu et al. 2025, "Dr. GRPO")
-    rloo           1 / completions: a completion is one action, its log-prob a sum (Ahmadian et al. 2024)
-    dapo, bnpo, cispo, reinforce_pp
-                   1 / tokens: mean over the tokens of the batch (Yu et al. 2025, "DAPO", section 3.3).
-                   TRL's bnpo takes the mean within each micro-batch and so depends on the cut; ours does not.
-    """
-    if kind in ("grpo", "gspo"):
-        return 1.0 / (_lengths(sequence).to(dtype) * denominators.sequences)
-    count = {
-        "dr_grpo": denominators.sequences * denominators.max_tokens,
-        "rloo": denominators.sequences,
-    }.get(kind, denominators.tokens)
-    return torch.full(sequence.shape, 1.0 / max(count, 1.0), dtype=dtype, device=sequence.device)
+    """The factor [N] of each token in the sum that is the loss, see `token_factor`."""
+    lengths = _lengths(sequence).to(dtype)
+    counts = (denominators.sequences, denominators.tokens, denominators.max_tokens)
+    return torch.ones_like(lengths) * token_factor(kind, lengths, *counts)
 
 
 def policy_loss(
@@ -241,9 +230,13 @@ def merge_stats(parts: Iterable[Stats]) -> Stats:
 
 
 def mean_stats(stats: Stats) -> dict[str, float]:
-    """Merged stats for the log: extrema and `tokens` as they are, everything else per token."""
-    tokens = max(float(stats["tokens"]), 1.0)
-    return {
-        key: float(value) / (1.0 if key == "tokens" or key.endswith(("_min", "_max")) else tokens)
-        for key, value in stats.items()
-    }
+    """Merged stats for the log: extrema and `tokens` as they are, everything else per token.
+
+    `NAME/…` is per token of `NAME/tokens`.
+    """
+    means = {}
+    for key, value in stats.items():
+        name, slash, own = key.rpartition("/")
+        is_sum = own != "tokens" and not own.endswith(("_min", "_max"))
+        means[key] = float(value) / (max(float(stats[f"{name}{slash}tokens"]), 1.0) if is_sum else 1.0)
+    return means

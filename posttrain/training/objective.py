@@ -14,6 +14,9 @@ from posttrain.training.batch import MicroBatch, TrainRow
 from posttrain.training.buffer import UpdateBatch
 from posttrain.training.losses import Stats, nll_loss, policy_loss
 
+CLIPPED = ("tokens", "clipped_low", "clipped_high")
+"""What is known of every channel."""
+
 
 def member_counts(
     rows: Sequence[TrainRow], channels: Sequence[Channel], terms: Sequence[LossTerm]
@@ -44,7 +47,8 @@ def objective(
     loss: LossConfig,
     several_updates: bool,
 ) -> tuple[torch.Tensor, Stats]:
-    """The loss of one micro-batch, a sum whose denominators are global, and the stats of its first channel.
+    """The loss of one micro-batch, a sum whose denominators are global, and its stats: those of the first
+    channel, and how many tokens of the others the clip took out, as `CHANNEL/clipped_low` and so on.
 
     Args:
         batch: channels, terms and denominators of the whole update.
@@ -73,7 +77,7 @@ def objective(
             **_fixed_logprobs(micro, member, kl=bool(config.kl), several_updates=several_updates),
         )
         total = total + weight * part
-        stats = stats or found
+        stats |= found if index == 0 else {f"{name}/{key}": found[key] for key in CLIPPED}
     for name, weight in batch.terms.items():
         member, weights = micro.select("nll_weights", name)
         total = total + weight * nll_loss(logprobs[member], weights, batch.denominators[name].tokens)

@@ -257,6 +257,7 @@ class PolicyTrainer(Trainer):
             score=lambda rollouts: self.collector.score_follow_ups(rollouts, tally, step),
             gather=lambda value: gather_object([value]),
             sampling=self.collector.sampling,
+            loss=self.stage.loss,
             seed=self.seed,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,

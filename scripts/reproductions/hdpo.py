@@ -86,7 +86,7 @@ class Arm:
         for name, weight in (self.rewards or {}).items():
             extra = {"name": name, "from": "posttrain.rewards.tool_use", "weight": weight}
             listed.append(extra | ({"only_if": f"{verifier} >= 1"} if name == "tool_economy" else {}))
-        methods = [{"hdpo": dict(self.method)}] if self.method else []
+        methods = [{"hdpo": {"compare_gradients": 5, **self.method}}] if self.method else []
         return [
             f"rewards={json.dumps(listed)}",
             f"stages[3].policy.methods={json.dumps(methods)}",
@@ -167,7 +167,8 @@ def measure_arms(
         even += [replace(job, saved=saved) for job, saved in zip(pair, found, strict=True)]
     for job, measured in zip(even, do_all(even), strict=True):
         assert job.arm is not None
-        table.setdefault((f"{job.arm.name}, equal tokens", job.noisy), []).append(measured)
+        own = {key: value for key, value in measured.items() if key != "log"}
+        table.setdefault((f"{job.arm.name}, equal tokens", job.noisy), []).append(own)
     return report(before, table)
 
 
@@ -218,6 +219,7 @@ def measure_run(folder: Path, stage: str) -> Measured:
         "auroc": auroc([direct[p] for p in problems], [solvable[p] >= 0.5 for p in problems]),
         "tokens_sampled": found["tokens_sampled"],
         "seconds": found["seconds"],
+        "log": logged(folder),
     }
     for family in FAMILIES:
         own = [row for row in rows if row["family"] == family]
@@ -227,6 +229,20 @@ def measure_run(folder: Path, stage: str) -> Measured:
         measured[f"direct/{family}"] = statistics.mean(solvable[p] for p in ids) if ids else float("nan")
     path.write_text(json.dumps(measured, indent=2) + "\n")
     return measured
+
+
+def logged(folder: Path) -> dict[str, list[float]]:
+    """What HDPO logs of its channels: means over each quarter of the training."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "tokens/sampled" in line]
+    quarters = [steps[len(steps) * i // 4 : len(steps) * (i + 1) // 4] for i in range(4)]
+    names = {key for line in steps for key in line if key.startswith("hdpo/")}
+    means = {
+        name: [[line[name] for line in quarter if name in line] for quarter in quarters] for name in names
+    }
+    return {
+        name: [statistics.mean(values) for values in found if values] for name, found in sorted(means.items())
+    }
 
 
 def family_of(prompt: str) -> str:

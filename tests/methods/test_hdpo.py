@@ -304,6 +304,81 @@ def test_weight_0_and_a_channel_without_signal_are_plain_grpo(folder, tmp_path):
     assert all(torch.isfinite(weight).all() for weight in economical.values())
 
 
+@pytest.fixture
+def differing(monkeypatch):
+    """Costs that differ: the model of the tests neither calls tools nor ends early."""
+
+    def by_first_token(completions, cost):
+        return np.array([completion.token_ids[0] % 3 for completion in completions], dtype=float)
+
+    monkeypatch.setattr("posttrain.methods.hdpo.costs", by_first_token)
+
+
+class Checked(Hdpo):
+    """Works out the gradient of the efficiency loss by a backward pass of its own."""
+
+    def channels(self, batch, context):
+        self.batch = batch
+        return super().channels(batch, context)
+
+    def compared(self, result, context):
+        loss, lengths = context.loss.kind, [len(r.completion.token_ids) for r in self.batch]
+        parts = []
+        for rollout, length in zip(self.batch, lengths, strict=True):
+            prompt, own = list(rollout.request.prompt_ids), list(rollout.completion.token_ids)
+            logits = context.model(input_ids=torch.tensor([prompt + own])).logits[0, len(prompt) - 1 : -1]
+            logprob = logits.log_softmax(-1).gather(-1, torch.tensor(own)[:, None]).sum()
+            divisor = sum(lengths) if loss == "dapo" else length * len(lengths)
+            parts.append(-self._channel.advantages[rollout.id] * logprob / divisor)
+        weights = [p for p in context.model.parameters() if p.requires_grad]
+        flat = torch.cat([g.flatten() for g in torch.autograd.grad(sum(parts), weights)])
+        whole = torch.cat([p.grad.flatten() for p in weights])
+        efficiency = self._channel.weight * flat
+        accuracy = whole - efficiency
+        self.expected = {
+            "hdpo/gradient/efficiency": float(efficiency.norm()),
+            "hdpo/gradient/accuracy": float(accuracy.norm()),
+            "hdpo/gradient/ratio": float(efficiency.norm() / accuracy.norm()),
+            "hdpo/gradient/cosine": float(torch.cosine_similarity(accuracy, efficiency, dim=0)),
+        }
+        super().compared(result, context)
+
+
+@pytest.mark.parametrize(("kind", "combine"), [("grpo", "loss"), ("dapo", "loss"), ("dapo", "advantage")])
+def test_gradients_of_the_channels_are_compared_now_and_then(folder, tmp_path, differing, kind, combine):
+    method = Checked(Config(threshold=0.4, weight=0.7, combine=combine, compare_gradients=2))
+    log = []
+    trainer = make_trainer(
+        folder,
+        tmp_path,
+        stage=make_stage(loss=LossConfig(kind=kind)).model_copy(update={"steps": 2, "group_size": 8}),
+        methods=[method],
+        on_log=lambda step, steps, metrics: log.append(metrics),
+    )
+    trainer.train()
+    assert {name: log[0][name] for name in method.expected} == pytest.approx(method.expected, rel=1e-3)
+    assert not method.expected.keys() & log[1].keys()  # every other step
+
+
+def test_what_the_clip_takes_out_of_each_channel(folder, tmp_path, differing):
+    log = []
+    stage = make_stage(updates_per_batch=2, loss=LossConfig(clip_low=0.01))
+    trainer = make_trainer(
+        folder,
+        tmp_path,
+        stage=stage.model_copy(update={"steps": 1, "group_size": 8}),
+        methods=[Hdpo(Config(threshold=0.4, normalizer="qualifying"))],
+        on_log=lambda step, steps, metrics: log.append(metrics),
+    )
+    trainer.train()
+    clipped = [f"{place}clipped_{side}" for place in ("", "efficiency/") for side in ("low", "high")]
+    first, second = ([line[f"ratio/{name}"] for name in clipped] for line in log)
+    assert first == [0, 0, 0, 0]  # the ratio is 1
+    assert 0 < second[0] + second[1] <= 1
+    assert 0 < second[2] + second[3] <= 1
+    assert second[:2] != second[2:]
+
+
 # --- on a table -------------------------------------------------------------------------------------------
 
 TABLE = [

@@ -206,6 +206,13 @@ def test_stats_of_the_example():
     )
 
 
+def test_stats_of_a_channel_are_over_its_own_tokens():
+    stats = {"tokens": 8, "clipped_low": 2, "extra/tokens": 4, "extra/clipped_low": 3, "importance_max": 5}
+    assert mean_stats({key: torch.tensor(float(value)) for key, value in stats.items()}) == {
+        "tokens": 8, "clipped_low": 0.25, "extra/tokens": 4, "extra/clipped_low": 0.75, "importance_max": 5,
+    }  # fmt: skip
+
+
 def test_stats_merge():
     def part(tokens, low, high):
         return {
