@@ -24,6 +24,8 @@ def measured(waste, regret, accuracy, tokens):
         "repeated": waste / 2,
         "fillers": waste / 2,
         **{f"regret@{budget}": regret for budget in mrt.BUDGETS},
+        "continued@+0%": accuracy,
+        "continued@+100%": accuracy,
         "curve": {"tokens": [tokens, 2 * tokens], "accuracy": [accuracy, accuracy]},
         "tokens_sampled": 1,
         "seconds": 1.0,

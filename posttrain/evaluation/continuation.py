@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from posttrain.data.episodes import text_cuts, token_places
 from posttrain.recipe.mrt_schema import ContinuationConfig, LinearConfig
 from posttrain.rollout.probes import Cut, MetaProver
 from posttrain.rollout.types import Completion, Rollout, derive_seed, make_rollouts
@@ -149,7 +150,7 @@ def _endless(new: Rollout, before: Tokens, prover: MetaProver) -> tuple[Tokens, 
     return before + _without_end(new.completion), new.truncated
 
 
-def _as_rollout(thought: _Thought | _Chain, prover: MetaProver) -> Rollout:
+def _as_rollout(thought: _Thought, prover: MetaProver) -> Rollout:
     """The tokens as a completion of the bare prompt."""
     tokens = thought.tokens
     text = prover.decode([list(tokens)])[0]
@@ -174,6 +175,7 @@ def _whole(thought: _Thought, prover: MetaProver) -> int:
 
 
 def _newest(chain: _Chain, window: int, prover: MetaProver) -> Tokens:
-    """The tokens of the newest episodes."""
-    bounds = prover.thinking(_as_rollout(chain, prover)).bounds
-    return chain.tokens[bounds[max(len(bounds) - 1 - window, 0)] :]
+    """The tokens of the newest episodes, whatever tags there are."""
+    text = prover.decode([list(chain.tokens)])[0]
+    cuts = token_places(chain.tokens, prover.decode, text_cuts(text, prover.config.episodes))
+    return chain.tokens[[0, *cuts][max(len(cuts) + 1 - window, 0)] :]

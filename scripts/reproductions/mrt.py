@@ -208,6 +208,7 @@ def measure_run(folder: Path, probes: bool) -> Measured:
         "accuracy": values["pass@1"],
         "length": values["mean_length"],
         **{f"regret@{budget}": values[f"regret@{budget}"] for budget in BUDGETS},
+        **{name: value for name, value in values.items() if name.startswith("continued@")},
         "episodes": statistics.mean(one.episodes for one in waste),
         "repeated": sum(one.repeated for one in waste) / episodes,
         "fillers": sum(one.fillers for one in waste) / episodes,
@@ -315,6 +316,10 @@ def report(table: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
     claims.append(
         claim("tokens for grpo's final accuracy, grpo / online", ">= 1.5", speed, min(speed) >= 1.5)
     )
+    longer = zip(of(ONLINE.name, "continued@+100%"), of(ONLINE.name, "continued@+0%"), strict=True)
+    kept = [after - before for after, before in longer]
+    name = "accuracy, online, made to think on by all of its budget, minus where it ended"
+    claims.append(claim(name, ">= -0.01", kept, statistics.mean(kept) >= -0.01))
     extra = of(ONLINE.name, "mrt/probe_share")
     claims.append(claim("tokens of probes / of traces, online", "<= 0.35", extra, max(extra) <= 0.35))
     errors = of(ONLINE.name, "mrt/telescoping_error")
