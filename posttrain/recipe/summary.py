@@ -24,14 +24,15 @@ def summarise(recipe: Recipe, stages: Sequence[FinishedStage], metrics: MetricsF
     checkpoint it went on from, and the time after; work that was lost does not count.
     """
     evaluations = [stage.summary["evaluation"] for stage in stages if "evaluation" in stage.summary]
+    measured = [evaluation for evaluation in evaluations if evaluation["metrics"]]
     totals = [_tokens(stage.summary) for stage in stages]
     lines = metrics.lines()
     return {
         "name": recipe.name,
         "seed": recipe.seed,
         "seconds": round(sum(stage.seconds for stage in stages), 1),
-        "accuracy_before": _accuracy(evaluations[0]) if len(evaluations) > 1 else None,
-        "accuracy_after": _accuracy(evaluations[-1]) if evaluations else None,
+        "accuracy_before": _accuracy(measured[0]) if len(measured) > 1 else None,
+        "accuracy_after": _accuracy(measured[-1]) if measured else None,
         "evaluations": evaluations,
         "stages": [
             {

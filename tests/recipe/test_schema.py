@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from posttrain.data.tasks import TASKS
-from posttrain.recipe import data_schema, preference_schema, schema
+from posttrain.recipe import data_schema, pareto_schema, preference_schema, schema
 from posttrain.recipe.fields import section_of
 
 
@@ -16,7 +16,7 @@ def test_tasks_of_the_schema_are_those_there_are() -> None:
     assert set(get_args(data_schema.TaskName)) == set(TASKS)
 
 
-@pytest.mark.parametrize("module", [schema, data_schema, preference_schema])
+@pytest.mark.parametrize("module", [schema, data_schema, preference_schema, pareto_schema])
 def test_every_option_is_documented(module: ModuleType) -> None:
     tree = ast.parse(Path(str(module.__file__)).read_text())
     undocumented = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 from helpers import make_tiny_model
 
@@ -24,7 +25,7 @@ rollout: {{max_tokens: 12}}
 stages:
   - evaluate:
       samples: 3
-      metrics: [pass@1, pareto, forecasts]
+      metrics: [pareto, forecasts]
       pareto: {{interval: 4, betas: [0.05], difficulty: level}}
 """
 REWARD = """
@@ -58,12 +59,15 @@ def load(folder, *overrides):
 def test_a_run_with_the_metric(folder, monkeypatch):
     monkeypatch.chdir(folder)
     run = run_recipe(load(folder))
-    [evaluation] = json.loads((run / "summary.json").read_text())["evaluations"]
+    summary = json.loads((run / "summary.json").read_text())
+    [evaluation] = summary["evaluations"]
+    assert (evaluation["metrics"], summary["accuracy_after"]) == ({}, None)
     pareto = evaluation["pareto"]
     assert (pareto["problems"], pareto["samples"], pareto["left_out"]) == (4, 3, 0)
     points = {(point["family"], point["setting"]): point for point in pareto["points"]}
     one, all_of_them = points["majority vote", "N = 1"], points["best of N", "N = 3"]
-    assert one["accuracy"]["value"] == pytest.approx(evaluation["metrics"]["pass@1"]["value"])
+    correct = pq.read_table(run / "rollouts" / "01-evaluate" / "samples.parquet")["correct"].to_pylist()
+    assert one["accuracy"]["value"] == pytest.approx(sum(correct) / 12)
     assert (one["compute"], all_of_them["compute"]) == (pytest.approx(1.0), pytest.approx(3.0))
     assert 0 < points["utility, α = 1", "β = 0.05"]["compute"] <= 3
     assert pareto["effort"]["measure"] == "level"
