@@ -86,6 +86,7 @@ def serve() -> None:
     from transformers import Qwen2ForCausalLM
 
     import posttrain.recipe.run
+    import posttrain.stages.annotate_preferences
     import posttrain.stages.evaluate
     import posttrain.stages.policy
     import posttrain.stages.sft  # noqa: F401

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 from helpers import make_tiny_model
 from peft import AutoPeftModelForCausalLM
 from peft.utils import get_peft_model_state_dict
+from talker import make_talker, write_recipe
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -303,12 +305,29 @@ def test_a_run_of_two_processes_goes_on_where_it_was_killed(ranks: Ranks, recipe
 
 
 def test_posttrain_train_starts_accelerate(recipe: Path, alone: Path, tmp_path: Path) -> None:
+    """With its configuration. Of a signal to the launcher all processes hear: they agree on the step to stop
+    after, and the exit code is theirs.
+    """
     launch = f"launch={{num_processes: 2, config_file: {CONFIGS / 'ddp_8gpu.yaml'}}}"
     command = [sys.executable, "-m", "posttrain", "train", str(recipe), launch, f"output_dir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_same_steps(lines(alone), lines(tmp_path / "run"))
-    assert evaluation(tmp_path / "run") == evaluation(alone)
+    with subprocess.Popen(
+        [*command, "stages.policy.steps=500"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        seen = []
+        for line in launcher.stdout:
+            seen.append(line)
+            if "step 2/500" in line:
+                launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(60) == 143, seen
+    run = tmp_path / "run"
+    assert seen[-1] == f"Stopped by SIGTERM. To go on: posttrain resume {run}\n", seen
+    assert_same_steps(lines(alone, "sft"), lines(run, "sft"))
+    steps = lines(run)
+    common = min(len(steps), len(lines(alone)))
+    assert common >= 2
+    assert_same_steps(lines(alone)[:common], steps[:common])
+    assert [path.name for path in (run / "checkpoints/02-policy").iterdir()] == [f"step-{len(steps):06d}"]
 
 
 def test_fsdp_that_is_not_to_be_had_is_an_error(ranks: Ranks, recipe: Path) -> None:
@@ -408,3 +427,27 @@ def test_reward_models_are_those_of_one_process(ranks, recipe):
     ]
     assert held_out[0]["pairs"] == held_out[1]["pairs"] == 11
     assert held_out[1]["gap"] == pytest.approx(held_out[0]["gap"], abs=1e-3)
+
+
+def test_students_on_two_processes_are_those_of_one(ranks: Ranks, tmp_path: Path) -> None:
+    """Each process trains students of its own; the promoted one may be the other's."""
+    recipe = write_recipe(
+        tmp_path, make_talker(tmp_path / "talker"), steps=2, promotion={"threshold": -2.0, "window": 1}
+    )
+    one = train(ranks, recipe, "students-alone")
+    two = train(ranks, recipe, "students-on-two", backend="ddp", world=2)
+    counted = [
+        [
+            {key: value for key, value in line.items() if key != "time" and "seconds" not in key}
+            for line in lines(run, "soar")
+        ]
+        for run in (one, two)
+    ]
+    assert counted[0] == counted[1]
+    assert [line["promotions"] for line in counted[0]] == [1, 2]
+    journals = [path.read_text().split() for path in sorted((two / "journal/01-soar").iterdir())]
+    assert len(journals) == 2
+    assert all(journals)
+    for name in ("01-soar", "01-soar-teacher"):
+        left, right = weights_of(one, name), weights_of(two, name)
+        assert all(torch.equal(weight, right[key]) for key, weight in left.items())

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +44,15 @@ stages:
       optimizer: {{learning_rate: 1e-3, schedule: linear}}
   - evaluate: {{}}
 """
+PREFERENCES = """
+name: {name}
+output_dir: runs
+model: {{path: model}}
+stages:
+  - annotate_preferences: {{name: votes, data: {{jsonl: pairs.jsonl}}, members: 2, max_steps: 2, {shared}}}
+  - reward_model: {{data: {{stage: votes}}, max_steps: 4, save_steps: 1, {shared}}}
+"""
+SHARED = "batch_size: 4, optimizer: {learning_rate: 1e-3, schedule: linear}"
 METHOD = '''
 from posttrain.methods.base import Channel, Method
 
@@ -148,23 +155,62 @@ def test_the_straight_run_has_something_to_lose(straight):
 
 
 def test_killed_anywhere(server, straight):
-    """20 seeded instants: in generation, scoring, backward, while a checkpoint is written or published."""
+    """20 seeded instants: in generation, scoring, backward, while a checkpoint is written or published.
+
+    A run is resumed to be killed again, until it is at its end; then the next one is started.
+    """
     done, expected = straight
     chance = random.Random(0)
     names = list(done.spans)
     assert set(names) == {"generate", "score", "backward", "save", "publish"}
-    for number in range(KILLS):
-        point = names[number % len(names)]
-        call = chance.randrange(len(done.spans[point]))
-        delay = chance.random() * done.spans[point][call]
-        trigger = {"point": point, "call": call, "delay": delay, "signal": signal.SIGKILL}
-        name = f"killed-{number}"
-        killed = server.train(name, trigger=trigger)
-        assert killed.code == -signal.SIGKILL, (trigger, killed.output)
-        resumed = server.resume(name)
-        assert resumed.code == 0, (trigger, resumed.output)
+    story: list[dict[str, Any]] = []  # of one run
+    kills = runs = 0
+    while kills < KILLS or story:
+        trigger = None
+        if kills < KILLS:
+            point = names[kills % len(names)]
+            call = chance.randrange(len(done.spans[point]) // 2)
+            delay = chance.random() * done.spans[point][call]
+            trigger = {"point": point, "call": call, "delay": delay, "signal": signal.SIGKILL}
+        name = f"killed-{runs}"
+        ended = server.resume(name, trigger) if story else server.train(name, trigger=trigger)
+        if ended.code == -signal.SIGKILL:
+            kills += 1
+            story.append(trigger)
+            continue
+        assert ended.code == 0, (story, ended.output)
         assert_same(traces(server.folder / "runs" / name), expected)
         assert not list((server.folder / "runs" / name).rglob(".writing*"))
+        story, runs = [], runs + 1
+    assert runs >= 3
+
+
+def test_stages_of_preferences_that_are_killed(server):
+    """While the third of four models that vote is trained, in a step of the reward model, in a checkpoint."""
+    pairs = [{"prompt": f"{n % 8}+1=", "chosen": str(n), "rejected": str(n + 1)} for n in range(24)]
+    (server.folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    for name in ("pairs", "pairs-killed"):
+        (server.folder / f"{name}.yaml").write_text(PREFERENCES.format(name=name, shared=SHARED))
+    done = server.run("train", "pairs.yaml")
+    assert done.code == 0, done.output
+    assert len(done.spans["backward"]) == 4 * 2 + 4
+    assert server.run("train", "pairs-killed.yaml", trigger=kill("backward", 4)).code == -signal.SIGKILL
+    assert server.resume("pairs-killed", kill("backward", 4 + 2)).code == -signal.SIGKILL
+    killed = server.resume("pairs-killed", kill("publish", 0))
+    assert killed.code == -signal.SIGKILL
+    resumed = server.resume("pairs-killed")
+    assert resumed.code == 0, resumed.output
+    runs = server.folder / "runs"
+    log = (runs / "pairs-killed" / "logs" / "run.log").read_text()
+    assert "2 of 4 models have voted before" in log
+    assert log.count("resumed from runs/pairs-killed/checkpoints/02-reward_model/step-000002") == 2
+    assert_same(traces(runs / "pairs-killed"), traces(runs / "pairs"))
+    votes = [next((runs / name / "data").rglob("*.parquet")) for name in ("pairs-killed", "pairs")]
+    assert pq.read_table(votes[0]).equals(pq.read_table(votes[1]))
+
+
+def kill(point: str, call: int) -> dict[str, Any]:
+    return {"point": point, "call": call, "delay": 0, "signal": signal.SIGKILL}
 
 
 def test_stopped_after_every_update(server, straight):
@@ -293,30 +339,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(server, straig
 def test_a_finished_run_is_left_alone(server, straight):
     resumed = server.resume("straight")
     assert (resumed.code, resumed.output) == (0, "The run in runs/straight is finished.\n")
-
-
-def test_only_the_launcher_of_two_processes_gets_the_signal(server):
-    """It passes it on; the processes agree on the step to stop after, and the exit code is theirs."""
-    recipe = (
-        RECIPE.partition("  - sft")[0] + "  - policy: {{steps: 500, prompts_per_step: 2, group_size: 2}}\n"
-    )
-    options = {"name": "two", "model": "", "rewards": IN_PROCESS}
-    (server.folder / "two.yaml").write_text(recipe.format(**options) + "launch: {num_processes: 2}\n")
-    command = [sys.executable, "-m", "posttrain", "train", "two.yaml"]
-    with subprocess.Popen(
-        command, cwd=server.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as launcher:
-        assert launcher.stdout is not None
-        seen = []
-        for line in launcher.stdout:
-            seen.append(line)
-            if "step 2/500" in line:
-                launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(60) == 143, seen
-    assert seen[-1] == "Stopped by SIGTERM. To go on: posttrain resume runs/two\n", seen
-    run = server.folder / "runs" / "two"
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [path.name for path in (run / "checkpoints/01-policy").iterdir()] == [f"step-{steps[-1]:06d}"]
 
 
 def test_what_cannot_be_resumed(server, straight):
