@@ -73,6 +73,19 @@ class ScoreReport:
         return sum(stats.errors.total() for stats in self.rewards.values())
 
     @property
+    def counts(self) -> dict[str, float]:
+        """What there is to report, by the name of the metric: cache hits, errors of each kind, what rewards
+        counted, seconds that they were waited for.
+        """
+        found: dict[str, float] = {"rewards/cache_hits": sum(stats.cached for stats in self.rewards.values())}
+        for name, stats in self.rewards.items():
+            found |= {f"rewards/{name}/errors/{kind}": count for kind, count in stats.errors.items()}
+            found |= {f"rewards/{name}/counts/{key}": count for key, count in stats.counts.items()}
+            if stats.paused_seconds:
+                found |= {f"rewards/{name}/paused": 1, f"rewards/{name}/paused_seconds": stats.paused_seconds}
+        return found
+
+    @property
     def error_lines(self) -> list[str]:
         """The first errors of every reward."""
         return [line for stats in self.rewards.values() for line in stats.error_lines]

@@ -52,8 +52,7 @@ class Collected:
     reasons: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
-    """What scoring had to report, by the name of the metric: cache hits, errors of each kind, what rewards
-    counted, seconds that it paused."""
+    """What scoring had to report (`ScoreReport.counts`), summed over its calls."""
 
     def drop(self, rollouts: Sequence[Rollout], reason: Callable[[Rollout], str]) -> None:
         """Leave rollouts out of the batch."""
@@ -64,15 +63,7 @@ class Collected:
 
     def count(self, report: ScoreReport) -> None:
         """Add what a call of the scorer reports."""
-        found: dict[str, float] = {
-            "rewards/cache_hits": sum(stats.cached for stats in report.rewards.values())
-        }
-        for name, stats in report.rewards.items():
-            found |= {f"rewards/{name}/errors/{kind}": count for kind, count in stats.errors.items()}
-            found |= {f"rewards/{name}/counts/{key}": count for key, count in stats.counts.items()}
-            if stats.paused_seconds:
-                found |= {f"rewards/{name}/paused": 1, f"rewards/{name}/paused_seconds": stats.paused_seconds}
-        for name, count in found.items():
+        for name, count in report.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
 
     @contextmanager
