@@ -132,6 +132,8 @@ class Mel(Method):
         self.store = ExperienceStore(config.store) if config.store is not None else None
         self.term: dict[str, Any] = {"rows": [], "row_weights": [], "total": 0.0}
         """This rank's part of the loss term of the batch that was extended last."""
+        self.candidates: list[Candidate] = []
+        """The meta-experiences of that batch that were validated, or could have been."""
 
     def extend(self, batch: RolloutBatch, context: StepContext) -> RolloutBatch:
         """Analyse contrast pairs, replay the problems with what was found, and keep what helped."""
@@ -145,7 +147,8 @@ class Mel(Method):
         if self.config.validation == "replay":
             replays = self._replay(candidates, context, counts)
             candidates = [candidate for candidate in candidates if candidate.replays]
-        kept = [candidate for candidate in candidates if self._is_verified(candidate)]
+        self.candidates = candidates
+        kept = [candidate for candidate in candidates if self.is_verified(candidate)]
         self._learn(kept, len(groups), context)
         if self.store is not None:
             self._remember(kept, self.store, context)
@@ -303,7 +306,8 @@ class Mel(Method):
         sampling = replace(solution.sampling, n=self.config.replays, seed=seed)
         return RolloutRequest(ids, example, f"{pair.group}.{REPLAY}", sampling, REPLAY)
 
-    def _is_verified(self, candidate: Candidate) -> bool:
+    def is_verified(self, candidate: Candidate) -> bool:
+        """Whether enough replays of a meta-experience were right."""
         return self.config.validation == "none" or candidate.passes >= self.config.min_passes
 
     # --- what is learned and kept ------------------------------------------------------------------------
@@ -329,6 +333,8 @@ class Mel(Method):
             case "distill":
                 passed = next(replay for replay in candidate.replays if self._is_right(replay))
                 return self._encode(pair.example, context), passed.completion.token_ids
+            case "solution":
+                return self._encode(pair.example, context), pair.right.completion.token_ids
 
     def _remember(self, kept: Sequence[Candidate], store: ExperienceStore, context: StepContext) -> None:
         """Store what is new there; of equal texts on all ranks, that of the pair with the lowest seed."""
@@ -394,7 +400,7 @@ class Mel(Method):
         for one in candidates:
             kind = "leaking" if leaks(one.text, one.pair.example.answer) else "clean"
             counts[kind] += 1
-            counts[f"kept_{kind}"] += self._is_verified(one)
+            counts[f"kept_{kind}"] += self.is_verified(one)
 
     def _log(self, counts: Counts, context: StepContext) -> None:
         """Shares and means over the pairs of all ranks."""

@@ -120,10 +120,11 @@ class ExperienceFormat(Section):
 class MelConfig(Section):
     """Options of MEL. The defaults are the paper's where it says what it does."""
 
-    target: Literal["retro", "query", "distill"] = "retro"
-    """What is learned from a verified meta-experience. `retro`: its text after the analysis prompt, as in the
+    target: Literal["retro", "query", "distill", "solution"] = "retro"
+    """What is learned for a verified meta-experience. `retro`: its text after the analysis prompt, as in the
     paper. `query`: its text after the problem alone. `distill`: the right replay, after the problem alone
-    (ours)."""
+    (ours). `solution`: the right solution of its pair, after the problem: a control that learns about as many
+    tokens and none of what was found out."""
     weight: float = Field(default=1.0, ge=0.0)
     """Of the term beside the policy loss; the paper has none, that is 1. 0 samples and measures only."""
     reduction: Literal["problem", "experience"] = "problem"

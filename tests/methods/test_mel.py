@@ -287,7 +287,7 @@ def test_a_replay_is_a_weak_filter(useful, helped, base, retention, precision, t
         return sum(
             math.comb(n, k) * rate**k * (1 - rate) ** (n - k)
             for k in range(n + 1)
-            if method._is_verified(Candidate(None, None, [], passes=k))
+            if method.is_verified(Candidate(None, None, [], passes=k))
         )
 
     one, two = mel(), mel(replays=2, min_passes=2)
@@ -333,7 +333,7 @@ def test_one_analysis_and_one_replay_of_every_mixed_problem():
 
 def test_targets():
     rows = {}
-    for target in ("retro", "query", "distill"):
+    for target in ("retro", "query", "distill", "solution"):
         _, (term,), _, _ = run(mel(target=target), problems=1)
         rows[target] = [text_of(ids) for ids in term.rows[0]]
     text = "at 0;why ones;rule no 00"
@@ -342,6 +342,7 @@ def test_targets():
     assert "recall p0" in rows["query"][0]
     assert "compare" not in rows["query"][0]
     assert rows["distill"][1] == "0!"
+    assert rows["solution"] == rows["distill"]  # which say the same here
     assert "p0" in rows["distill"][0]
     assert not any(word in rows["distill"][0] for word in ("rule", "recall", "solve"))
 
