@@ -1,19 +1,19 @@
-"""A task with a skill, a habit of not using it, and a teacher's voice: three letters of program on four of
-data.
+"""A task with a skill, a habit of not using it, and a teacher's voice: a short program on four letters.
 
-    Qabcdrsv...:    |bcda|cbda|adbc</think>adbc
+    Qrsv...abcd    rbcdascbdavadbc</think>adbc
 
-The question has four different letters of ten and up to six operations: `r` rotates to the left, `s` swaps
-the first two, `v` reverses. A solution writes the state after every operation, then the last one as the
-answer. In exam mode (`Q`) the demonstrator goes on at every operation with a probability of `persistence` and
-otherwise bails out with four letters at random, so that a problem of k operations is solved with
+The question has up to six operations and four different letters of ten: `r` rotates to the left, `s` swaps
+the first two, `v` reverses. A solution writes every operation with the state after it, then the last state as
+the answer. In exam mode (`Q`) the demonstrator goes on at every operation with a probability of `persistence`
+and otherwise bails out with four letters at random, so that a problem of k operations is solved with
 persistence^k (and a guess with 1/5040). In worked mode (`W`) it never bails out: the skill is there at every
 length. Questions that begin with `Z` cannot be learnt: their answer is any one of the four letters.
 
 In teacher mode the prompt is `T:` and the demonstration a question with its answer in tags,
-`{Qabcdrsv...:}|bcda|cbda|adbc(adbc)`, with the working between them where the answer is right.
+`{Qrsv...abcd}rbcdascbdavadbc(adbc)`, with the working between them where the answer is right.
 
-Everything has a fixed width, so that which operation is next is a matter of position.
+Everything has a fixed width, and a state is always as far behind the next: which letter goes where is a
+matter of relative position, which operation is next of absolute position.
 """
 
 from __future__ import annotations
@@ -71,18 +71,16 @@ def apply(operation: str, state: str) -> str:
 
 
 def write_question(item: Item, header: str | None = None) -> str:
-    """`Qabcdrsv...:`"""
-    return f"{header or item.header}{item.start}{item.operations.ljust(MAX_OPERATIONS, '.')}:"
+    """`Qrsv...abcd`"""
+    return f"{header or item.header}{item.operations.ljust(MAX_OPERATIONS, '.')}{item.start}"
 
 
 def read_question(question: str) -> Item | None:
     """The item that a question is, or None if it is none."""
-    start, operations = question[1 : 1 + WIDTH], question[1 + WIDTH : -1]
-    program = operations.rstrip(".")
+    program, start = question[1 : 1 + MAX_OPERATIONS].rstrip("."), question[1 + MAX_OPERATIONS :]
     well_formed = (
-        len(question) == 2 + WIDTH + MAX_OPERATIONS
+        len(question) == 1 + MAX_OPERATIONS + WIDTH
         and question[0] in "QZ"
-        and question[-1] == ":"
         and len(set(start)) == WIDTH
         and set(start) <= set(LETTERS)
         and set(program) <= set("rsv")
@@ -163,5 +161,6 @@ def _letters(rng: np.random.Generator) -> str:
 
 
 def _working(item: Item, operations: int | None = None) -> str:
-    """The states after the first operations, or all."""
-    return "".join(f"|{state}" for state in item.states[:operations])
+    """The first operations, or all, each with the state after it."""
+    pairs = zip(item.operations, item.states, strict=True)
+    return "".join(operation + state for operation, state in list(pairs)[:operations])

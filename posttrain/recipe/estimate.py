@@ -187,15 +187,15 @@ def memory_of(stage: Stage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
 
 
 def _soar_memory(stage: SoarStage, recipe: Recipe, info: ModelInfo) -> list[Memory]:
-    """As for a policy stage, with the optimiser states of a student and of the teacher, and the copies of
-    weights that are kept in memory: teacher, base, baseline, and this process's students of an outer step.
+    """As for a policy stage; in the main memory the teacher's optimiser and copies of weights: teacher, base,
+    baseline, and this process's students of an outer step.
     """
     phases = memory_of(stage.inner(), recipe, info)
     trained = trainable_parameters(info, recipe.model.lora) * (
         4 if recipe.model.lora else element_bytes(recipe, info)
     )
     runs = math.ceil(stage.datasets * stage.students / processes(recipe))
-    more = {"teacher's optimizer": 2 * trained, "snapshots": (3 + runs) * trained}
+    more = {"in main memory": (5 + runs) * trained}
     return [Memory(phase.phase, {**phase.parts, **more}) for phase in phases]
 
 

@@ -163,6 +163,15 @@ class Learner:
             self.schedule.step()
         self.updates = steps
 
+    def move(self, device: torch.device | str) -> None:
+        """Take the optimiser's moments to a device, out of the way of others' on the one that trains."""
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if (
+                    isinstance(value, torch.Tensor) and value.ndim
+                ):  # a step count stays where its optimiser wants it
+                    state[key] = value.to(device)
+
     def _batch(
         self, rollouts: Sequence[Rollout], advantages: Sequence[float]
     ) -> tuple[UpdateBatch, list[TrainRow]]:

@@ -23,7 +23,6 @@ from accelerate.utils import gather_object
 from posttrain.recipe.soar_schema import SoarStage
 from posttrain.rollout.types import derive_seed
 from posttrain.soar.gains import (
-    Floats,
     grounded_rewards,
     learnability,
     set_advantages,
@@ -35,6 +34,7 @@ from posttrain.soar.snapshots import References, Snapshot
 from posttrain.soar.state import Job, Journal, Result, SoarState
 from posttrain.soar.student import Asked, Spent, Students
 from posttrain.soar.teacher import Proposals, Proposer, spread
+from posttrain.training.advantages import Floats
 from posttrain.training.ranks import on_first_rank
 
 BASELINE = -1
@@ -180,7 +180,9 @@ class OuterLoop:
         reference = None
         if self.stage.teacher.loss.kl and self.references is not None:
             reference = self.references.at(self.base)
+        self.learner.move(self.learner.forward.device)
         found = self.learner.update(proposals.accepted, advantages, reference)
+        self.learner.move("cpu")
         self.bench.changed()
         self.state.teacher = self.bench.shared.capture()
         return {f"teacher/{key}": value for key, value in found.items() if key != "tokens/trained"} | {

@@ -17,8 +17,8 @@ from posttrain.rollout.types import (
     derive_seed,
     make_rollouts,
 )
-from posttrain.soar.gains import Floats
 from posttrain.soar.proposals import Question, Unreadable, parse_proposal
+from posttrain.training.advantages import Floats
 
 ROLE = "proposal"
 ASKED_AGAIN = 1.3

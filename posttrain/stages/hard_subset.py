@@ -182,7 +182,8 @@ class _Outcomes:
             for text in path.read_text().splitlines():
                 try:
                     line = json.loads(text)
-                    known[line.pop("id")] = Outcome(**line)
+                    name = line.pop("id")
+                    known[name] = Outcome(**line)
                 except (ValueError, KeyError, TypeError):
                     continue
         return known

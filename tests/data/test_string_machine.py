@@ -25,13 +25,13 @@ def test_operations_by_hand():
     assert [apply(operation, "abcd") for operation in "rsv"] == ["bcda", "bacd", "dcba"]
     item = Item("Q", "abcd", "rsv")
     assert item.states == ["bcda", "cbda", "adbc"]
-    assert write_question(item) == "Qabcdrsv...:"
-    assert read_question("Qabcdrsv...:") == item
+    assert write_question(item) == "Qrsv...abcd"
+    assert read_question("Qrsv...abcd") == item
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "Q", "Qabcdrsv:", "Qaacdrsv...:", "Qabcdr.v...:", "Xabcdrsv...:", "Qabczrsv...:", "Qabcdrsv...;"],
+    ["", "Q", "Qrsvabcd", "Qrsv...aacd", "Qr.v...abcd", "Xrsv...abcd", "Qrsv...abcz", "Qrsv...abcd:"],
 )
 def test_what_is_no_question(text):
     assert read_question(text) is None
@@ -40,7 +40,10 @@ def test_what_is_no_question(text):
 def test_worked_and_exam_rows():
     for row in make_task("string_machine", size=20, seed=0, split="train", mode="worked"):
         item = read_question("Q" + row.prompt[1:])
-        assert row.columns["completion"] == "".join(f"|{s}" for s in item.states) + f"</think>{row.answer}"
+        assert (
+            row.columns["completion"]
+            == "".join(map("".join, zip(item.operations, item.states, strict=True))) + f"</think>{row.answer}"
+        )
         assert row.answer == item.answer
     rng = np.random.default_rng(0)
     rows = [string_machine(rng, min_operations=2, max_operations=2, persistence=0.5) for _ in range(1000)]

@@ -58,7 +58,7 @@ def test_enormous_texts_are_read_in_linear_time():
 
 def test_other_tags_without_a_box():
     machine = ProposalFormat(question=["{", "}"], answer=["(", ")"], boxed=False)
-    assert parse_proposal("{Qabcdr.....:}|bcda(bcda)", machine) == Question("Qabcdr.....:", "bcda")
+    assert parse_proposal("{Qr.....abcd}rbcda(bcda)", machine) == Question("Qr.....abcd", "bcda")
 
 
 def test_sets_are_consecutive_blocks_and_duplicates_stay():

@@ -6,22 +6,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import make_tiny_model
 from safetensors.torch import load_file
+from talker import FORMAT, make_talker, write_recipe
 
 from posttrain.errors import DataError
 from posttrain.recipe.load import load_recipe
 from posttrain.recipe.run import resume_run, run_recipe
 from posttrain.recipe.run_state import RunState
-from posttrain.recipe.schema import ModelConfig
-from posttrain.rollout.build import load_model, load_tokenizer
 from posttrain.soar.learner import Learner
-
-LETTERS, DIGITS = "xyz", "0123456789"
 
 
 class Killed(BaseException):
@@ -30,82 +25,13 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory):
-    """A tiny model that answers `x3:` with some digit, and `T:` with proposals such as `{x3:}(3)`."""
-    folder = make_tiny_model(tmp_path_factory.mktemp("talker"))
-    tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
-    model, rng = load_model(ModelConfig(path=str(folder))), np.random.default_rng(0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    encode = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
-    for step in range(50):
-        rows = []
-        for _ in range(24):
-            question, digit = (
-                f"{rng.choice(list(LETTERS))}{rng.choice(list(DIGITS))}:",
-                rng.choice(list(DIGITS)),
-            )
-            pair = ("T:", f"{{{question}}}({question[1]})") if step % 2 else (question, str(digit))
-            rows.append((encode(pair[0]), [*encode(pair[1]), tokenizer.eos_token_id]))
-        ids = torch.tensor([prompt + completion for prompt, completion in rows])
-        start = len(rows[0][0])
-        logits = model(input_ids=ids).logits[:, start - 1 : -1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, start:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.save_pretrained(folder)
-    return folder
+    return make_talker(tmp_path_factory.mktemp("talker"))
 
 
 @pytest.fixture
 def recipe(talker, tmp_path):
     """Writes a recipe and loads it; arguments change the section `soar`."""
-    rows = [{"prompt": f"{a}{b}:", "answer": b} for a in LETTERS for b in DIGITS[:6]]
-    (tmp_path / "hard.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = {"jsonl": str(tmp_path / "hard.jsonl"), "format": "text"}
-
-    def load(name="run", model=None, before=(), **soar):
-        content = {
-            "name": name,
-            "output_dir": str(tmp_path / "runs"),
-            "model": {"path": str(talker), **(model or {})},
-            "data": {"train": source},
-            "rollout": {"max_tokens": 3},
-            "rewards": ["exact_match"],
-            "stages": [
-                *before,
-                {
-                    "soar": {
-                        "steps": 3,
-                        "datasets": 2,
-                        "questions": 3,
-                        "students": 2,
-                        "reward_questions": 6,
-                        "reward_samples": 2,
-                        "promotion": {"threshold": -2.0, "window": 2},
-                        "teacher": {
-                            "prompt": "T:",
-                            "max_tokens": 14,
-                            "format": {"question": ["{", "}"], "answer": ["(", ")"], "boxed": False},
-                            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
-                        },
-                        "student": {
-                            "steps": 2,
-                            "extra_steps": 1,
-                            "max_steps": 3,
-                            "prompts_per_step": 2,
-                            "group_size": 4,
-                            "optimizer": {"learning_rate": 1e-3},
-                        },
-                        **soar,
-                    }
-                },
-            ],
-        }
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(json.dumps(content))
-        return load_recipe(path)
-
-    return load
+    return lambda name="run", **changes: load_recipe(write_recipe(tmp_path, talker, name, **changes))
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -161,15 +87,17 @@ def test_a_run_killed_among_students_goes_on_as_if_it_had_not_been(recipe, monke
     assert_same_run(whole, folder)
 
 
-def test_adapters_are_slots_on_one_base_and_the_intrinsic_teacher_trains_no_student(recipe, talker):
+def adapter_is_trained(folder: Path) -> bool:
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert all("lora_" in name for name in weights)
+    return any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_adapters_are_slots_on_one_base_and_the_intrinsic_teacher_trains_no_student(recipe):
     lora = {"lora": {"r": 2, "alpha": 4}}
     promoting = {"threshold": -2.0, "window": 1}
     folder = run_recipe(recipe("adapters", model=lora, steps=1, promotion=promoting))
-    for part in ("01-soar", "01-soar-teacher"):
-        weights = load_file(folder / "models" / part / "adapter_model.safetensors")
-        assert weights
-        assert all("lora_" in name for name in weights)
-        assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name), part
+    assert adapter_is_trained(folder / "models/01-soar")
     (line,) = metrics(folder)
     assert line["teacher/kl"] == pytest.approx(
         0, abs=1e-6
@@ -178,12 +106,13 @@ def test_adapters_are_slots_on_one_base_and_the_intrinsic_teacher_trains_no_stud
     assert len(kept) == 3
     assert {row["step"] for row in kept} == {1}
 
-    own = run_recipe(recipe("own", steps=1, reward="learnability", promotion={"enabled": False}))
+    changes = {"reward": "learnability", "learnability_samples": 8, "promotion": {"enabled": False}}
+    own = run_recipe(recipe("own", model=lora, steps=1, **changes))
     (line,) = metrics(own)
-    assert 0 <= line["reward"] < 1
+    assert 0 < line["reward"] < 1
     assert line["student/updates"] == 0
-    base, student = (load_file(path / "model.safetensors") for path in (talker, own / "models" / "01-soar"))
-    assert all(torch.equal(base[name], student[name]) for name in student)  # handed on as it was
+    assert adapter_is_trained(own / "models/01-soar-teacher")
+    assert not adapter_is_trained(own / "models/01-soar")  # handed on as it was
 
 
 def test_the_hard_subset_is_what_is_never_solved_and_is_gone_on_with(recipe, monkeypatch):
@@ -222,12 +151,7 @@ def test_the_hard_subset_is_what_is_never_solved_and_is_gone_on_with(recipe, mon
 
 
 def test_a_teacher_that_cannot_be_read_skips_the_step(recipe, capsys):
-    teacher = {
-        "prompt": "T:",
-        "max_tokens": 2,
-        "max_draws": 2,
-        "format": {"question": ["{", "}"], "answer": ["(", ")"], "boxed": False},
-    }
+    teacher = {"prompt": "T:", "max_tokens": 2, "max_draws": 2, "format": FORMAT}
     folder = run_recipe(recipe("mute", steps=2, teacher=teacher))
     lines = metrics(folder)
     assert [line["student/updates"] for line in lines] == [0, 0]
