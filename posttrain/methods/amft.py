@@ -43,7 +43,7 @@ from posttrain.methods.base import (
     StepContext,
 )
 from posttrain.recipe.amft_schema import AmftConfig
-from posttrain.rollout.types import Example, Rollout, RolloutBatch, RolloutRequest, with_seed
+from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, with_seed
 from posttrain.training.advantages import leave_one_out
 from posttrain.training.mixing import Slopes, entropy_pull, meta_gradient, moved, scheduled
 from posttrain.training.prompts import PromptOrder
@@ -171,19 +171,27 @@ class Amft(Method):
         if mu == 0.0:
             return []
         if self._demonstrations is None:
-            self._demonstrations = PromptOrder(load_examples(self.config.demonstrations), context.seed)
+            self._demonstrations = self._load_demonstrations(context)
         order, size = self._demonstrations, self.config.batch_size
         chosen = [order.at(context.step * size + slot) for slot in share(size, context)]
-        return [LossTerm(DEMONSTRATIONS, [self._encode(example, context) for example in chosen], mu)]
+        return [LossTerm(DEMONSTRATIONS, [self._encoded[example.id] for example in chosen], mu)]
 
-    def _encode(self, example: Example, context: StepContext) -> Row:
-        if example.id not in self._encoded:
-            row = demonstration_ids(example, context.tokenizer, self.config.demonstrations.format)
-            length, room = len(row[0]) + len(row[1]), context.engine.max_model_len
-            if length > room:
-                raise DataError(f"amft: demonstration {example.id!r} has {length} tokens; {room} fit")
-            self._encoded[example.id] = row
-        return self._encoded[example.id]
+    def _load_demonstrations(self, context: StepContext) -> PromptOrder:
+        """The demonstrations in their order; those that do not fit are left out, never cut."""
+        source, room = self.config.demonstrations, context.engine.max_model_len
+        examples = load_examples(source)
+        rows = {
+            example.id: demonstration_ids(example, context.tokenizer, source.format) for example in examples
+        }
+        self._encoded = {key: row for key, row in rows.items() if len(row[0]) + len(row[1]) <= room}
+        if not self._encoded:
+            raise DataError(f"amft: none of {len(examples)} demonstrations fits into {room} tokens")
+        if len(self._encoded) < len(rows):
+            left_out = len(rows) - len(self._encoded)
+            logger.warning(
+                "amft: %d demonstrations do not fit into %d tokens and are left out", left_out, room
+            )
+        return PromptOrder([example for example in examples if example.id in self._encoded], context.seed)
 
     # --- what it is worth ------------------------------------------------------------------------------
 

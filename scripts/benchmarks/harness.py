@@ -26,6 +26,8 @@ BENCHES = {
     "first-step": "first_step",
     "whole-step": "whole_step",
     "rewards": "rewards",
+    "meta-gradient": "meta_gradient",
+    "zip-rc": "zip_rc",
 }
 CUDA_BENCHES = ("train-step", "train-memory", "whole-step")
 REPEATS = 5

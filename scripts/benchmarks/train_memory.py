@@ -85,14 +85,14 @@ def measure(side: str, shape: ModelShape, group: Group, seed: int, device: str) 
         warm_up()
         model.zero_grad(set_to_none=True)
         gc.collect()
-        before = _start(device)
+        before = start(device)
         loss = step()
-        growth = (_peak(device) - before) / MIB
+        growth = (peak(device) - before) / MIB
     norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
     return Sample(growth, Outcome(float(loss), float(norm)))
 
 
-def _start(device: str) -> int:
+def start(device: str) -> int:
     """Forget the peak so far; the memory in use."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -101,7 +101,8 @@ def _start(device: str) -> int:
     return _status("VmRSS")
 
 
-def _peak(device: str) -> int:
+def peak(device: str) -> int:
+    """The most memory in use since then."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
 
 
