@@ -146,6 +146,29 @@ MIXTURE = (
         (("amft/entropy", "entropy"), ("amft/target_entropy", "target")),
     ),
 )
+TEACHING = (
+    Chart(
+        "Gains of students",
+        "On hard problems, over the baseline: of the best set of a step, and the moving average of all that "
+        "decides about promotions.",
+        (("reward/best_set", "best set"), ("reward/moving_average", "moving average")),
+        "fine",
+    ),
+    Chart(
+        "Baseline",
+        "Its accuracy on the hard problems of a step; it rises with promotions.",
+        (("baseline/accuracy", "accuracy"),),
+        "percent",
+    ),
+    Chart("Promotions", "So far.", (("promotions", "promotions"),)),
+    Chart(
+        "Proposals",
+        "Share of the teacher's that can be read, and of different ones among those that are used.",
+        (("teacher/readable", "readable"), ("teacher/unique", "different")),
+        "percent",
+    ),
+    Chart("Teacher's KL", "To the base model, per token, in nats.", (("teacher/kl", "KL"),), "fine"),
+)
 ELSEWHERE = ("seconds/", "tokens/", "masa/level/")
 """Metrics that other parts of the report show."""
 
@@ -172,7 +195,11 @@ def _policy_groups(stage: Stage) -> tuple[tuple[str, tuple[Chart, ...]], ...]:
     lines = tuple((name, name.removeprefix("rewards/").removesuffix("/mean")) for name in means)
     each = Chart("Each reward", "Mean of each reward function, unweighted.", lines)
     learning = (LEARNING[0], each, *LEARNING[1:]) if len(means) > 1 else LEARNING
-    own = (("Self-predictions", SELF_PREDICTIONS), ("Imitation and reinforcement", MIXTURE))
+    own = (
+        ("Self-predictions", SELF_PREDICTIONS),
+        ("Imitation and reinforcement", MIXTURE),
+        ("Teacher and students", TEACHING),
+    )
     return ("Learning", learning), *own, ("Health", HEALTH), ("Optimisation", (*OPTIMISER, LOSS))
 
 
