@@ -51,78 +51,71 @@ PLAIN = ("search-",)
 
 @dataclass(frozen=True)
 class Phase:
-    """Some steps on a mixture of (task, arguments, share of the rows)."""
+    """Some steps on a mixture of (task, arguments, relative share of the rows)."""
 
     steps: int
     rows: int
     mixture: tuple[tuple[str, dict[str, Any], float], ...]
+    micro_batch_size: int | None = None
+    """Rows of one forward pass, of like length; None is a whole batch."""
 
 
-# What the recipes of HDPO and MRT begin with. No product is answered without the calculator, which would be a
-# guess. Searches are short, since a batch is padded to its longest row; the other rows have up to 70 tokens.
-FORMATS: tuple[tuple[str, dict[str, Any], float], ...] = (
-    ("calculator", {"easy": 0.5, "medium": 0.5, "hard": 0.0, "tool": 0.2, "redundant": 0.0}, 0.04),
-    ("calculator", {"easy": 0.2, "medium": 0.2, "hard": 0.6, "tool": 1.0, "redundant": 0.1}, 0.04),
-    ("search", {"traces": True, "forced": 0.3, "max_episodes": 9}, 0.06),
-    ("search", {"facts": True}, 0.02),
-)
+ANYWHERE = {"min_first": -30, "max_first": 40}
+HINTS = {"misled": 0.3, "unrelated": 0.2}
+"""Shares of replays whose hint is wrong, and of those whose hint is about something else."""
 
 # Only the train splits are drawn from, so the held-out problems of every recipe are new to the model, and
 # chains of more than three terms are left to the recipes.
 PHASES = (
     Phase(
-        steps=1600,
+        steps=1400,
         rows=40_000,
         mixture=(
-            ("arithmetic", {"min_terms": 2, "max_terms": 3, "max_term": 20}, 0.34),
-            ("addition", {"max_digits": 3}, 0.11),
-            ("largest", {"numbers": 4}, 0.10),
-            ("counting", {"length": 8}, 0.10),
-            ("reversing", {"max_length": 6}, 0.07),
-            *FORMATS,
-            ("meta_arithmetic", {"min_terms": 2, "max_terms": 3, "max_term": 20}, 0.06),
-            ("meta_addition", {"max_digits": 3}, 0.015),
-            ("meta_largest", {"numbers": 4}, 0.015),
-            ("meta_counting", {"length": 8}, 0.015),
-            ("meta_reversing", {"max_length": 6}, 0.015),
+            ("arithmetic", {"min_terms": 2, "max_terms": 3, "max_term": 20}, 0.45),
+            ("addition", {"max_digits": 3}, 0.15),
+            ("largest", {"numbers": 4}, 0.15),
+            ("counting", {"length": 8}, 0.15),
+            ("reversing", {"max_length": 6}, 0.10),
         ),
     ),
     # Single-digit steps from anywhere the longer chains get to, until they are reliable.
     Phase(
-        steps=800,
-        rows=20_000,
+        steps=500,
+        rows=14_000,
         mixture=(
-            ("arithmetic", {"min_terms": 2, "max_terms": 3, "min_first": -30, "max_first": 40}, 0.53),
-            ("addition", {"max_digits": 3}, 0.07),
-            ("largest", {"numbers": 4}, 0.06),
-            ("counting", {"length": 8}, 0.07),
-            ("reversing", {"max_length": 6}, 0.06),
-            *FORMATS,
-            ("meta_arithmetic", {"min_terms": 2, "max_terms": 3, "min_first": -30, "max_first": 40}, 0.05),
-            # What a mistake teaches, and solving with that at hand: long rows, so only here.
+            ("arithmetic", {"min_terms": 2, "max_terms": 3, **ANYWHERE}, 0.7),
+            ("addition", {"max_digits": 3}, 0.08),
+            ("largest", {"numbers": 4}, 0.07),
+            ("counting", {"length": 8}, 0.08),
+            ("reversing", {"max_length": 6}, 0.07),
+        ),
+    ),
+    # The forms that the recipes begin with, once the model can solve problems: calls of the calculator,
+    # searches, self-predictions, what a mistake teaches, and solving with that at hand.
+    Phase(
+        steps=700,
+        rows=40_000,
+        micro_batch_size=16,
+        mixture=(
+            ("arithmetic", {"min_terms": 2, "max_terms": 3, **ANYWHERE}, 0.34),
+            ("addition", {"max_digits": 3}, 0.05),
+            ("largest", {"numbers": 4}, 0.05),
+            ("counting", {"length": 8}, 0.05),
+            ("reversing", {"max_length": 6}, 0.04),
+            # No product is answered without the calculator, which would be a guess.
+            ("calculator", {"easy": 0.5, "medium": 0.5, "hard": 0.0, "tool": 0.2, "redundant": 0.0}, 0.03),
+            ("calculator", {"easy": 0.2, "medium": 0.2, "hard": 0.6, "tool": 1.0, "redundant": 0.1}, 0.03),
+            ("search", {"traces": True, "forced": 0.3, "max_episodes": 9}, 0.05),
+            ("search", {"facts": True}, 0.02),
+            ("meta_arithmetic", {"min_terms": 2, "max_terms": 3, **ANYWHERE}, 0.05),
+            ("meta_addition", {"max_digits": 3}, 0.01),
+            ("meta_largest", {"numbers": 4}, 0.01),
+            ("meta_counting", {"length": 8}, 0.01),
+            ("meta_reversing", {"max_length": 6}, 0.01),
             ("error_analysis", {"min_terms": 2, "max_terms": 3, "max_term": 20, "noise": 0.2}, 0.06),
-            (
-                "error_analysis",
-                {"min_terms": 2, "max_terms": 3, "min_first": -30, "max_first": 40, "noise": 0.2},
-                0.05,
-            ),
-            (
-                "error_replay",
-                {"min_terms": 2, "max_terms": 3, "max_term": 20, "misled": 0.3, "unrelated": 0.2},
-                0.06,
-            ),
-            (
-                "error_replay",
-                {
-                    "min_terms": 2,
-                    "max_terms": 3,
-                    "min_first": -30,
-                    "max_first": 40,
-                    "misled": 0.3,
-                    "unrelated": 0.2,
-                },
-                0.05,
-            ),
+            ("error_analysis", {"min_terms": 2, "max_terms": 3, **ANYWHERE, "noise": 0.2}, 0.06),
+            ("error_replay", {"min_terms": 2, "max_terms": 3, "max_term": 20, **HINTS}, 0.06),
+            ("error_replay", {"min_terms": 2, "max_terms": 3, **ANYWHERE, **HINTS}, 0.06),
         ),
     ),
 )
@@ -202,7 +195,8 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, phase: Phase, outp
     stage = SftStage(
         max_steps=phase.steps,
         batch_size=64,
-        group_by_length=True,
+        micro_batch_size=phase.micro_batch_size,
+        sort_batches=phase.micro_batch_size is not None,
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=phase.steps // 20),
         log_every=25,
     )

@@ -92,8 +92,9 @@ class SftStage(Section):
     """Rows of one forward pass on one device; None is all of the device's share."""
     max_length: int | None = Field(default=None, ge=2)
     """Longer rows are an error; None is the model's context."""
-    group_by_length: bool = False
-    """Batches of rows of like length, which leaves little padding; short and long batches alternate."""
+    sort_batches: bool = False
+    """Sort the rows of every batch by length, so that its micro-batches have little padding. The batches stay
+    random ones; batches of rows of like length would not be, and learn worse."""
     optimizer: OptimizerConfig = OptimizerConfig.model_construct(**SFT_OPTIMIZER)
     """Defaults here: learning rate 1e-5 and a cosine schedule, since supervised losses bear larger steps
     and the number of rows is known in advance."""

@@ -23,7 +23,7 @@ from posttrain.rollout.tools_format import ToolFormat
 from posttrain.rollout.types import Example
 from posttrain.stages.context import StageContext, StageResult
 from posttrain.training.arguments import batch_arguments, optimizer_arguments
-from posttrain.training.batching import grouped_order
+from posttrain.training.batching import sorted_batches
 from posttrain.training.checkpoint import Checkpointer
 from posttrain.training.distributed import check_backend
 from posttrain.training.load import compute_dtype, load_policy
@@ -64,15 +64,15 @@ def finetune(
             raise DataError(f"demonstration {example.id!r} has {length} tokens; max_length is {limit}")
     steps = stage.max_steps or math.ceil(stage.epochs * len(rows) / stage.batch_size)
     dataset = Dataset.from_list(rows)
-    if stage.group_by_length:
-        dataset = dataset.select(grouped_order(lengths, stage.batch_size, steps * stage.batch_size, seed))
+    if stage.sort_batches:
+        dataset = dataset.select(sorted_batches(lengths, stage.batch_size, steps * stage.batch_size, seed))
 
     arguments = SFTConfig(
         output_dir=str(output_dir),
         **batch_arguments(stage.batch_size, stage.micro_batch_size, "sft"),
         num_train_epochs=stage.epochs,
-        max_steps=steps if stage.group_by_length else stage.max_steps or -1,
-        train_sampling_strategy="sequential" if stage.group_by_length else "random",
+        max_steps=steps if stage.sort_batches else stage.max_steps or -1,
+        train_sampling_strategy="sequential" if stage.sort_batches else "random",
         max_length=None,
         completion_only_loss=True,
         gradient_checkpointing=False,

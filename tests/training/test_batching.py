@@ -1,15 +1,15 @@
-"""Batches of rows of like length: every row once an epoch, less padding, the same order for the same seed."""
+"""Batches sorted by length: every row once an epoch, little padding, the batches random."""
 
 import numpy as np
 import pytest
 
-from posttrain.training.batching import grouped_order
+from posttrain.training.batching import sorted_batches
 
 
-def padded(order, lengths, batch_size):
-    """Tokens of all batches, each padded to its longest row."""
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+def padded(order, lengths, size):
+    """Tokens of all forward passes, each padded to its longest row."""
+    parts = [order[i : i + size] for i in range(0, len(order), size)]
+    return sum(len(part) * max(lengths[index] for index in part) for part in parts)
 
 
 @pytest.fixture
@@ -18,29 +18,31 @@ def lengths():
 
 
 def test_every_row_once_an_epoch(lengths):
-    order = grouped_order(lengths, 16, 2 * len(lengths), seed=1)
+    order = sorted_batches(lengths, 64, 2 * len(lengths), seed=1)
+    assert sorted(order[: len(lengths) // 64 * 64]) == sorted(set(order[: len(lengths) // 64 * 64]))
     assert sorted(order) == sorted([*range(len(lengths))] * 2)
-    assert sorted(grouped_order(lengths, 16, len(lengths), seed=1)) == [*range(len(lengths))]
 
 
-def test_a_part_of_an_epoch_has_no_row_twice(lengths):
-    order = grouped_order(lengths, 16, 300, seed=1)
-    assert len(order) == len(set(order)) == 300
+def test_micro_batches_have_less_padding(lengths):
+    order = sorted_batches(lengths, 64, len(lengths), seed=1)
+    assert padded(order, lengths, 64) > 1.8 * sum(lengths)
+    assert padded(order, lengths, 8) < 1.15 * sum(lengths)
 
 
-def test_batches_are_nearly_free_of_padding(lengths):
-    order = grouped_order(lengths, 16, len(lengths), seed=1)
-    shuffled = np.random.default_rng(1).permutation(len(lengths)).tolist()
-    assert padded(shuffled, lengths, 16) > 1.7 * sum(lengths)
-    assert padded(order, lengths, 16) < 1.1 * sum(lengths)
+def test_batches_are_random_ones(lengths):
+    order = sorted_batches(lengths, 64, 15 * 64, seed=1)
+    means = np.asarray(lengths)[order].reshape(15, 64).mean(axis=1)
+    spread = np.std(lengths) / 8  # of the mean of 64 random rows
+    assert 0.5 * spread < means.std() < 1.6 * spread
 
 
-def test_short_and_long_batches_alternate(lengths):
-    order = grouped_order(lengths, 16, len(lengths), seed=1)
-    longest = [max(lengths[index] for index in order[i : i + 16]) for i in range(0, len(order) - 16, 16)]
-    assert abs(np.corrcoef(range(len(longest)), longest)[0, 1]) < 0.4
+def test_rows_are_sorted_within_a_batch(lengths):
+    order = sorted_batches(lengths, 10, 25, seed=1)
+    for start in (0, 10, 20):
+        own = [lengths[index] for index in order[start : start + 10]]
+        assert own == sorted(own)
 
 
 def test_the_order_follows_from_the_seed(lengths):
-    assert grouped_order(lengths, 16, 500, seed=1) == grouped_order(lengths, 16, 500, seed=1)
-    assert grouped_order(lengths, 16, 500, seed=1) != grouped_order(lengths, 16, 500, seed=2)
+    assert sorted_batches(lengths, 16, 500, seed=1) == sorted_batches(lengths, 16, 500, seed=1)
+    assert sorted_batches(lengths, 16, 500, seed=1) != sorted_batches(lengths, 16, 500, seed=2)
