@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -31,6 +33,9 @@ from posttrain.zip_rc.grid import Grid
 
 SEED = 0
 """Evaluations use the same sampling seeds whatever the run's seed: two runs differ by their models alone."""
+
+Score = Callable[[Sequence[Rollout]], None]
+"""Scores rollouts in place."""
 
 
 def run(stage: EvaluateStage, context: StageContext) -> StageResult:
@@ -64,13 +69,15 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     ]
     engine = build_engine(recipe.rollout, context.model, tokenizer, seed=SEED)
     engine = with_tools(engine, recipe.tools, prompts)
+    counts: Counter[str] = Counter()
     try:
         with context.scorer(rewards, SharedEngine(engine, tokenizer)) as scorer:
-            sampled = _answer(requests, engine, scorer, context, "sampling")
+            score = partial(_score, scorer, counts)
+            sampled = _answer(requests, engine, score, context, "sampling")
             greedy = RolloutBatch([])
             if "greedy" in stage.metrics:
-                greedy = _answer([_once(request) for request in requests], engine, scorer, context, "greedy")
-            traces = _cut_short(stage, sampled, engine, tokenizer, scorer, reward, context)
+                greedy = _answer([_once(request) for request in requests], engine, score, context, "greedy")
+            traces = _cut_short(stage, sampled, engine, tokenizer, score, reward, context)
             asked = questions(requests, stage.meta, prompts.encode) if "meta" in stage.metrics else []
             told = _answer(asked, engine, None, context, "self-predictions")
     finally:
@@ -94,6 +101,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
         "correct": {"reward": reward, "threshold": stage.correct.threshold},
         "metrics": {name: value.to_dict() for name, value in metrics.items()},
         "unscored": sum(outcome is None for outcome in correct),
+        "counts": dict(sum(gather_object([counts]), Counter())),
         "tokens/sampled": sum(rollout.completion.sampled_tokens for rollout in [*rollouts, *told]),
     }
     if traces:
@@ -136,16 +144,21 @@ def _once(request: RolloutRequest) -> RolloutRequest:
     return replace(request, sampling=sampling, role=GREEDY_ROLE)
 
 
+def _score(scorer: Scorer, counts: Counter[str], rollouts: Sequence[Rollout]) -> None:
+    """Score, and add to the counts what there is to report (`ScoreReport.counts`)."""
+    counts.update(scorer.score(rollouts).counts)
+
+
 def _answer(
     requests: Sequence[RolloutRequest],
     engine: RolloutEngine,
-    scorer: Scorer | None,
+    score: Score | None,
     context: StageContext,
     what: str,
 ) -> RolloutBatch:
     """Sample and score this process's share of the requests; the rollouts of all processes, in order.
 
-    Without a scorer they are not scored.
+    Without `score` they are not scored.
     """
     context.show(0, 1, {"phase": what})
     start, end = (place * len(requests) // context.world for place in (context.rank, context.rank + 1))
@@ -153,8 +166,8 @@ def _answer(
     answers = engine.generate(share)
     require_finite(share, answers)
     batch = make_rollouts(share, answers, engine.version)
-    if scorer is not None:
-        scorer.score(batch.rollouts)
+    if score is not None:
+        score(batch.rollouts)
     return RolloutBatch(gather_object(batch.rollouts))
 
 
@@ -163,7 +176,7 @@ def _cut_short(
     sampled: RolloutBatch,
     engine: RolloutEngine,
     tokenizer: Any,
-    scorer: Scorer,
+    score: Score,
     reward: str,
     context: StageContext,
 ) -> list[Trace]:
@@ -172,7 +185,7 @@ def _cut_short(
         return []
     context.show(0, 1, {"phase": "cutting traces short"})
     start, end = (place * len(sampled) // context.world for place in (context.rank, context.rank + 1))
-    prover = MetaProver(engine, tokenizer, scorer.score, stage.thinking.probes)
+    prover = MetaProver(engine, tokenizer, score, stage.thinking.probes)
     traces = trace_points(
         stage,
         sampled.rollouts[start:end],

@@ -312,6 +312,8 @@ def test_a_run_has_one_server_for_all_its_stages_and_rewards(run, path, direct):
     assert [row["reward/quality"] for row in rows] == pytest.approx(scored, abs=1e-5)
     assert [row["reward/twice"] for row in trained] == pytest.approx(scored[:24], abs=1e-5)
     assert len(set(scored)) > 12
+    (evaluation,) = json.loads((folder / "summary.json").read_text())["evaluations"]
+    assert evaluation["counts"]["rewards/quality/counts/tokens"] > 0
 
 
 def test_a_run_keeps_its_servers_between_stages(run, tmp_path, monkeypatch):
