@@ -98,9 +98,9 @@ def make_trainer(
     )
 
 
-def make_stage(**changes):
+def make_stage(steps=3, **changes):
     return PolicyStage(
-        steps=3,
+        steps=steps,
         prompts_per_step=3,
         group_size=4,
         optimizer=OptimizerConfig(name="sgd", learning_rate=0.1, max_grad_norm=0.0),

@@ -24,6 +24,7 @@ rollout: {{engine: {engine}, max_tokens: 8, max_model_len: 96, kv_cache_gib: 0.2
 rewards:
   - {reward}
   - {{name: "{out}/digits.py:digits", weight: 0.5}}
+reward_options: {{workers: 1}}
 stages:
   - sft: {{max_steps: 2, batch_size: 8, log_every: 1, optimizer: {{learning_rate: 1e-3}}}}
   - evaluate: {{name: before, samples: 2, metrics: [pass@1, pass@2, maj@2, greedy, mean_length]}}
@@ -64,14 +65,30 @@ def write_recipe(
     return recipe
 
 
-# The other two pairs are in the engines' contract, and in the tests of resuming.
-@pytest.mark.parametrize(("engine", "lora"), [("transformers", False), ("vllm", True)])
-def test_a_recipe_runs_through_all_stages(tmp_path, model, engine, lora):
-    recipe = write_recipe(tmp_path, model, engine, "math_answer")
-    options = ["model.lora={r: 4}", "stages.policy.loss.kl=0.01"] if lora else []
-    done = posttrain("train", recipe, *options)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, model) -> tuple[Path, str]:
+    """The recipe of a run in a process of its own, and what it printed."""
+    recipe = write_recipe(tmp_path_factory.mktemp("trained"), model, reward="math_answer")
+    done = posttrain("train", recipe)
     assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "small"
+    return recipe, done.stdout
+
+
+# Of the other two pairs, one is in the engines' contract, and one in the tests of resuming.
+def test_a_recipe_runs_through_all_stages(trained):
+    recipe, printed = trained
+    assert_complete(recipe.parent, printed, "model.safetensors")
+
+
+def test_a_recipe_with_vllm_and_an_adapter_runs_through_all_stages(tmp_path, model):
+    recipe = write_recipe(tmp_path, model, "vllm", "math_answer")
+    done = posttrain("train", recipe, "model.lora={r: 4}", "stages.policy.loss.kl=0.01")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_complete(tmp_path, done.stdout, "adapter_model.safetensors")
+
+
+def assert_complete(folder: Path, printed: str, weights: str) -> None:
+    run = folder / "small"
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["accuracy_before"]["n"] == summary["accuracy_after"]["n"] == 12
@@ -94,17 +111,16 @@ def test_a_recipe_runs_through_all_stages(tmp_path, model, engine, lora):
     assert len(samples) == 12 * 3
     assert {row["correct"] for row in samples} <= {True, False}
 
-    weights = "adapter_model.safetensors" if lora else "model.safetensors"
     assert (run / "models" / "03-policy" / weights).is_file()
     assert (run / "recipe.yaml").is_file()
     listed = {entry["name"]: entry for entry in json.loads((run / "rewards.json").read_text())}
-    assert set(listed) == {"math_answer", f"{tmp_path}/digits.py:digits"}
+    assert set(listed) == {"math_answer", f"{folder}/digits.py:digits"}
     for row in [*rollouts, *samples]:
         for name, version in json.loads(row["reward_versions"]).items():
             assert version == f"{listed[name]['version']} sha256:{listed[name]['sha256'][:16]}"
     assert (run / "cache" / "rewards" / "0.jsonl").stat().st_size > 0
     assert "<html" in (run / "report.html").read_text()
-    assert "Report:" in done.stdout
+    assert "Report:" in printed
 
 
 def test_a_trained_adapter_can_be_evaluated(runs, tmp_path, model):
@@ -118,17 +134,15 @@ def test_a_trained_adapter_can_be_evaluated(runs, tmp_path, model):
     assert (tmp_path / "small-evaluate-01-sft" / "summary.json").is_file()
 
 
-def test_a_run_is_repeatable_and_a_seed_changes_it(runs, tmp_path, model):
-    """The first is a process of its own: its hashes of text, and so the order of its sets, are others."""
-    recipe = write_recipe(tmp_path, model)
-    first = posttrain("train", recipe, "name=one")
-    assert first.returncode == 0, first.stderr
+def test_a_run_is_repeatable_and_a_seed_changes_it(runs, trained):
+    """The first was a process of its own: its hashes of text, and so the order of its sets, are others."""
+    recipe, _ = trained
     for name, seed in (("two", 0), ("three", 1)):
         done = runs.run("train", str(recipe), f"name={name}", f"seed={seed}")
         assert done.code == 0, done.output
     weights = [
-        (tmp_path / name / "models" / "03-policy" / "model.safetensors").read_bytes()
-        for name in ("one", "two", "three")
+        (recipe.parent / name / "models" / "03-policy" / "model.safetensors").read_bytes()
+        for name in ("small", "two", "three")
     ]
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]

@@ -59,7 +59,9 @@ def test_training_raises_the_reward_and_changes_the_weights(model_folder, tmp_pa
 def test_the_weights_do_not_depend_on_the_micro_batch_size(model_folder, tmp_path, kind):
     results = [
         trained_weights(
-            model_folder, tmp_path, stage=make_stage(loss=LossConfig(kind=kind), micro_batch_tokens=tokens)
+            model_folder,
+            tmp_path,
+            stage=make_stage(steps=2, loss=LossConfig(kind=kind), micro_batch_tokens=tokens),
         )
         for tokens in (1, 60, 10_000)
     ]
