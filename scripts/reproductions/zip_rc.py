@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,7 @@ FAST_TRAINING = (
     "stages[4].evaluate.data.size=4",
     "stages[4].evaluate.samples=8",
 )
+COSTS = ("tokens_sampled", "seconds")
 TV_MARGIN, ECE_LIMIT, KL_LIMIT = 0.05, 0.05, 0.01
 
 Measured = dict[str, Any]
@@ -139,8 +141,8 @@ def measure_run(start: Path, folder: Path) -> Measured:
         "tokens_sampled": found["tokens_sampled"],
         "seconds": found["seconds"],
     }
-    if "pareto" in after:
-        measured["pareto"] = after["pareto"]
+    table = folder / "evaluations" / after["stage"] / "pareto.json"
+    measured["pareto"] = json.loads(table.read_text())
     path.write_text(json.dumps(measured, indent=2) + "\n")
     return measured
 
@@ -174,8 +176,8 @@ def mean_ece(forecasts: Mapping[str, Any]) -> float:
     return sum(w * position["ece"] for w, position in zip(weights, positions, strict=True)) / sum(weights)
 
 
-def report(table: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
-    """Arms and claims; claims on arms that were not trained are left out."""
+def calibration_claims(table: Mapping[str, Sequence[Measured]]) -> list[dict[str, Any]]:
+    """Claims about forecasts and policy; those on arms that were not trained are left out."""
     full = table[FULL.name]
     forecasts = [row["forecasts"] for row in full]
     gaps = [found["joint"]["tv"] - found["joint"]["tv_floor"] for found in forecasts]
@@ -191,7 +193,7 @@ def report(table: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
               mean(divergences) <= KL_LIMIT),
         unchanged("pass@1 after minus before, full", full),
     ]  # fmt: skip
-    late = [found["end"]["auc"] - found["positions"][0]["auc"] for found in forecasts]
+    late = [_auc(found["end"]) - _auc(found["positions"][0]) for found in forecasts]
     claims.append(claim("AUC of the reward, last position minus first", "> 0", late, min(late) > 0))
     shares = [_length_share(found) for found in forecasts]
     claims.append(
@@ -202,23 +204,28 @@ def report(table: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
         moved = [row["kl"] for row in lite]
         claims.append(claim("KL of the policy, lite", "0", moved, max(moved) == 0))
         better = [
-            ours["forecasts"]["end"]["auc"] - theirs["forecasts"]["end"]["auc"]
+            _auc(ours["forecasts"]["end"]) - _auc(theirs["forecasts"]["end"])
             for ours, theirs in zip(full, lite, strict=True)
         ]
         claims.append(claim("AUC at the end, full minus lite", "> 0", better, min(better) > 0))
+    return claims
+
+
+def report(table: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
+    """Arms and claims, those about sampling included."""
     arms: dict[str, Any] = {
         arm: {key: [row[key] for row in rows] for key in rows[0] if key not in ("pareto", *COSTS)}
         for arm, rows in table.items()
     }
-    tables = [row["pareto"] for row in full if "pareto" in row]
-    if tables:
-        claims += pareto_claims(tables)
-        arms["sampling"] = pareto_arms(tables)
+    tables = [row["pareto"] for row in table[FULL.name]]
+    arms["sampling"] = pareto_arms(tables)
     costs = {name: {arm: [row[name] for row in rows] for arm, rows in table.items()} for name in COSTS}
-    return {"budgets": costs["tokens_sampled"], "seconds": costs["seconds"], "arms": arms, "claims": claims}
-
-
-COSTS = ("tokens_sampled", "seconds")
+    return {
+        "budgets": costs["tokens_sampled"],
+        "seconds": costs["seconds"],
+        "arms": arms,
+        "claims": [*calibration_claims(table), *pareto_claims(tables)],
+    }
 
 
 def unchanged(name: str, rows: Sequence[Measured]) -> dict[str, Any]:
@@ -227,6 +234,11 @@ def unchanged(name: str, rows: Sequence[Measured]) -> dict[str, Any]:
     interval = paired_interval(after, before)
     differences = [a - b for a, b in zip(after, before, strict=True)]
     return claim(name, "interval has 0", differences, interval[0] <= 0 <= interval[1], interval=interval)
+
+
+def _auc(quality: Mapping[str, Any]) -> float:
+    """NaN where there were not both right and wrong answers."""
+    return math.nan if quality["auc"] is None else float(quality["auc"])
 
 
 def _length_share(forecasts: Mapping[str, Any]) -> float:

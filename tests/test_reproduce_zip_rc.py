@@ -1,0 +1,48 @@
+"""The reproduction of ZIP-RC: its verdicts, and that it runs from end to end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import reproduce
+from reproductions import common, zip_rc
+
+
+def measured(ece, gap, kl, after, auc):
+    position = {"rollouts": 100, "ece": ece, "length_mae": 4.0, "length_mae_of_constant": 8.0, "auc": 0.6}
+    forecasts = {
+        "positions": [position, {**position, "rollouts": 50, "ece": ece / 2}],
+        "end": {"auc": auc},
+        "joint": {"tv": 0.3 + gap, "tv_floor": 0.3},
+    }
+    return {
+        "accuracy_before": 0.5,
+        "accuracy": after,
+        "kl": kl,
+        "forecasts": forecasts,
+    }
+
+
+def test_verdicts():
+    good = [measured(0.03, 0.04, 0.004, after, 0.95) for after in (0.49, 0.52, 0.5)]
+    lite = [measured(0.1, 0.2, 0.0, 0.5, 0.7) for _ in range(3)]
+    claims = zip_rc.calibration_claims({"full": good, "lite": lite})
+    assert all(item["holds"] for item in claims)
+    assert claims[1]["measured"] == pytest.approx(0.03 * (100 + 25) / 150)
+    bad = [measured(0.2, 0.2, 0.2, after, 0.5) for after in (0.38, 0.4, 0.39)]
+    claims = zip_rc.calibration_claims({"full": bad, "lite": lite})
+    failed = [item["name"] for item in claims if not item["holds"]]
+    assert len(failed) == 6  # all but the length, and lite's own
+
+
+@pytest.mark.slow
+def test_it_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "RUNS", tmp_path)
+    reproduce.main(["zip_rc", "--fast"])
+    result = json.loads((tmp_path / "zip_rc-fast.json").read_text())
+    (forecasts,) = result["arms"]["full"]["forecasts"]
+    assert forecasts["joint"]["tv_floor"] > 0
+    (kl,) = result["arms"]["full"]["kl"]
+    assert 0 <= kl < 0.1  # two steps hardly move it
+    assert "Written to" in capsys.readouterr().out
