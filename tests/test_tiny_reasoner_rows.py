@@ -27,11 +27,11 @@ def texts(encoded, tokenizer, task):
             yield tuple(tokenizer.decode([token for token, mask in marked if mask == own]) for own in (0, 1))
 
 
-def test_every_character_is_known_and_rows_are_short(encoded, tokenizer):
-    assert len(encoded) > 390
+def test_every_character_is_known_and_no_row_is_long(encoded, tokenizer):
+    assert len(encoded) > 590
     for row, ids in encoded:
         assert tokenizer.unk_token_id not in ids["input_ids"], row
-        assert len(ids["input_ids"]) <= 72, row
+        assert len(ids["input_ids"]) <= 150, row
 
 
 def test_calculator_results_are_not_learnt(encoded, tokenizer):

@@ -70,7 +70,8 @@ class Config(BaseModel):
     """Correct is a reward of at least this."""
     compare_gradients: int | None = Field(default=None, ge=1)
     """Every how many steps the gradients of the two channels are compared, which takes another forward and
-    backward pass of the completions with an advantage; None never does."""
+    backward pass of the completions with an advantage; None never does. Not where ranks hold parts of weights
+    that are all trained (FSDP, ZeRO-3)."""
 
 
 def costs(completions: Sequence[Completion], cost: Cost) -> Floats:
@@ -120,10 +121,11 @@ class Hdpo(Method):
     name = "hdpo"
     Config = Config
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Any):
         super().__init__(config)
-        self._channel = Channel(EFFICIENCY, {})
-        """The efficiency channel of the step, as it would be without `combine`."""
+        self._advantages: dict[str, float] = {}
+        self._weight = 0.0
+        """Of the efficiency channel of the step, as it would be without `combine`."""
 
     def channels(self, batch: RolloutBatch, context: StepContext) -> list[Channel]:
         """Raises:
@@ -149,16 +151,16 @@ class Hdpo(Method):
         if config.combine == "advantage":
             share = _share_of_tokens(rollouts, advantages) if config.normalizer == "qualifying" else 1.0
             weight = config.weight / (share or 1.0)
-            self._channel = Channel(EFFICIENCY, _by_id(rollouts, advantages), weight)
+            self._advantages, self._weight = _by_id(rollouts, advantages), weight
             return [Channel("outcome", _by_id(rollouts, accuracy + weight * advantages))]
         kept = np.ones(len(rollouts), dtype=bool) if config.normalizer == "all" else _active(advantages)
         chosen = [rollout for rollout, keep in zip(rollouts, kept, strict=True) if keep]
-        self._channel = Channel(EFFICIENCY, _by_id(chosen, advantages[kept]), config.weight)
-        return [self._channel]
+        self._advantages, self._weight = _by_id(chosen, advantages[kept]), config.weight
+        return [Channel(EFFICIENCY, self._advantages, config.weight)]
 
     def compare(self, batch: RolloutBatch, context: StepContext) -> Comparison | None:
         """The gradient of the efficiency channel's loss at ratio 1, where that is asked for."""
-        every, own = self.config.compare_gradients, self._channel.advantages
+        every, own = self.config.compare_gradients, self._advantages
         if self.config.weight == 0 or every is None or context.step % every:
             return None
         lengths = {r.id: r.completion.sampled_tokens for r in batch if r.id in own}
@@ -170,11 +172,11 @@ class Hdpo(Method):
             * token_factor(context.loss.kind, length, sequences, tokens, context.sampling.max_tokens)
             for key, length in lengths.items()
         }
-        return Comparison({key: float(value) * factors[key] for key, value in own.items()}, {CHANNELS: 1.0})
+        return Comparison({key: value * factors[key] for key, value in own.items()}, {CHANNELS: 1.0})
 
     def compared(self, result: Compared, context: StepContext) -> None:
         """Log the norms of both channels' gradients, weights included, their ratio and their cosine."""
-        weight = self._channel.weight
+        weight = self._weight
         efficiency = weight * result.norm
         # The gradient of all channels is that of accuracy minus weight · the comparison's.
         product = result.products[CHANNELS] + weight * result.norm**2

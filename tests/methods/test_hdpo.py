@@ -329,11 +329,11 @@ class Checked(Hdpo):
             logits = context.model(input_ids=torch.tensor([prompt + own])).logits[0, len(prompt) - 1 : -1]
             logprob = logits.log_softmax(-1).gather(-1, torch.tensor(own)[:, None]).sum()
             divisor = sum(lengths) if loss == "dapo" else length * len(lengths)
-            parts.append(-self._channel.advantages[rollout.id] * logprob / divisor)
+            parts.append(-self._advantages[rollout.id] * logprob / divisor)
         weights = [p for p in context.model.parameters() if p.requires_grad]
         flat = torch.cat([g.flatten() for g in torch.autograd.grad(sum(parts), weights)])
         whole = torch.cat([p.grad.flatten() for p in weights])
-        efficiency = self._channel.weight * flat
+        efficiency = self._weight * flat
         accuracy = whole - efficiency
         self.expected = {
             "hdpo/gradient/efficiency": float(efficiency.norm()),
