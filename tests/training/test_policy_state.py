@@ -172,35 +172,41 @@ def own_engine(folder):
     return TransformersEngine(load_model(config), load_tokenizer(config), own_weights=True)
 
 
-@pytest.mark.parametrize("overlap", [0, 1])
-@pytest.mark.parametrize("stop", [1, 2, 3, 4])
-def test_a_trainer_goes_on_from_its_state(model_folder, tmp_path, overlap, stop):
-    """Two updates a batch: after steps 1 and 3 the batch is half used; overlap samples one ahead."""
-    changes = {"steps": 3, "overlap": overlap}
-    stage = adam(updates_per_batch=2).model_copy(update=changes)
+def recording_trainer(model_folder, folder, overlap):
+    """Of three batches with two updates each; `records` has what was in the batches."""
+    stage = adam(updates_per_batch=2).model_copy(update={"steps": 3, "overlap": overlap})
+    trainer = make_trainer(
+        model_folder,
+        folder,
+        stage=stage,
+        methods=[Counting()],
+        scorer=EvenTokens(),
+        engine=own_engine(model_folder) if overlap else None,
+    )
+    trainer.records = []
+    trainer.on_rollouts = lambda record: trainer.records.append(
+        [(r.id, r.policy_version, r.completion.token_ids) for r in record.collected.batch]
+    )
+    return trainer
 
-    def trainer(method, scorer):
-        built = make_trainer(
-            model_folder,
-            tmp_path,
-            stage=stage,
-            methods=[method],
-            scorer=scorer,
-            engine=own_engine(model_folder) if overlap else None,
-        )
-        built.records = []
-        built.on_rollouts = lambda record: built.records.append(
-            [(r.id, r.policy_version, r.completion.token_ids) for r in record.collected.batch]
-        )
-        return built
 
-    whole = trainer(Counting(), EvenTokens())
-    weights, log, error = steps_of(whole)
-    whole.close()
+@pytest.fixture(scope="module", params=[0, 1])
+def whole(request, model_folder, tmp_path_factory):
+    """A trainer that nobody stopped, with overlap or without; the weights after every step and the log."""
+    trainer = recording_trainer(model_folder, tmp_path_factory.mktemp("whole"), request.param)
+    weights, log, error = steps_of(trainer)
+    trainer.close()
     assert error is None
     assert len(log) == 6
+    return trainer, weights, log
 
-    first = trainer(Counting(), EvenTokens())
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_a_trainer_goes_on_from_its_state(model_folder, tmp_path, whole, stop):
+    """Two updates a batch: after steps 1 and 3 the batch is half used; overlap samples one ahead."""
+    through, weights, log = whole
+    overlap = through.stage.overlap
+    first = recording_trainer(model_folder, tmp_path, overlap)
 
     def save_and_stop(step, steps, metrics):
         first.control.should_save = first.control.should_training_stop = step == stop
@@ -211,7 +217,7 @@ def test_a_trainer_goes_on_from_its_state(model_folder, tmp_path, overlap, stop)
     state = json.loads(json.dumps(state))
     first.close()
 
-    resumed = trainer(Counting(), EvenTokens())
+    resumed = recording_trainer(model_folder, tmp_path, overlap)
     resumed.load_state_dict(state, tensors)
     checkpoint = str(tmp_path / f"checkpoint-{stop}")
     later_weights, later_log, error = steps_of(resumed, checkpoint)
@@ -221,9 +227,9 @@ def test_a_trainer_goes_on_from_its_state(model_folder, tmp_path, overlap, stop)
     assert [metrics["grad_norm"] for metrics in later_log] == [metrics["grad_norm"] for metrics in log[stop:]]
     assert_same_weights(weights[-1], later_weights[-1], tolerance=0)
     batches = (stop + 1) // 2
-    assert resumed.records == whole.records[batches:]
-    assert resumed.methods[0].state_dict() == whole.methods[0].state_dict()
-    assert resumed.totals.values() == whole.totals.values()
+    assert resumed.records == through.records[batches:]
+    assert resumed.methods[0].state_dict() == through.methods[0].state_dict()
+    assert resumed.totals.values() == through.totals.values()
 
 
 def test_overlap_samples_with_weights_one_step_old(model_folder, tmp_path):
