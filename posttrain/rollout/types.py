@@ -14,14 +14,10 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -131,7 +127,8 @@ class Completion:
     loss_mask: tuple[int, ...] | None = None
     turns: tuple[Turn, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
-    scored: NDArray[np.float32] | None = field(default=None, compare=False)  # (T, K)
+    # An NDArray[np.float32] (T, K) or None; Any, because checkpoints have pydantic read these types.
+    scored: Any = field(default=None, compare=False)
 
     @property
     def sampled_tokens(self) -> int:
