@@ -149,6 +149,7 @@ def rollout_metrics(tally: Tally, collected: Collected, rows: Sequence[TrainRow]
                 tally.mean(f"rewards/{name}/mean", value)
     _group_metrics(tally, solutions)
     tally.total("tokens/trained", sum(len(row.positions) for row in rows))
+    tally.total("tokens/supervised", sum(len(row.positions) for row in rows if row.nll_weights))
     tally.total(
         "tokens/with_advantage",
         sum(

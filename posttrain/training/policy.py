@@ -430,8 +430,8 @@ class PolicyTrainer(Trainer):
         assert self._batch is not None
         if self._bad:
             return
-        loss = self.stage.loss
-        if self._metrics["tokens/with_advantage"] or self._batch.terms or loss.kl or loss.entropy:
+        loss, learned = self.stage.loss, ("tokens/with_advantage", "tokens/supervised")
+        if any(self._metrics[name] for name in learned) or loss.kl or loss.entropy:
             self.watch.after_step(self.policy, self.lr_scheduler.get_last_lr()[0], self.state.global_step)
         for method, context in zip(self.methods, self._batch.contexts, strict=False):
             method.after_update(context)
