@@ -21,7 +21,9 @@ from reproductions import common
 from posttrain.training.record import write_json
 
 NAMES = sorted(
-    path.stem for path in Path(common.__file__).parent.glob("*.py") if path.stem not in ("common", "__init__")
+    path.stem
+    for path in Path(common.__file__).parent.glob("*.py")
+    if path.stem not in ("common", "__init__") and not path.stem.endswith("_world")
 )
 
 
