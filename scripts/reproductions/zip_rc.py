@@ -35,8 +35,9 @@ RECIPE = ROOT / "recipes" / "tiny" / "zip_rc.yaml"
 WARM_START, TRAINING = slice(0, 2), slice(2, None)
 """Stages of the recipe: up to the evaluation before, and from there on."""
 FAST = (
-    "stages[0].sft.max_steps=30",
-    "stages[0].sft.data.size=512",
+    "stages[0].sft.max_steps=2",
+    "stages[0].sft.batch_size=8",
+    "stages[0].sft.data.size=64",
     "data.train.size=24",
     "data.eval.size=6",
     "rollout.max_tokens=40",
@@ -44,6 +45,9 @@ FAST = (
 FAST_TRAINING = (
     "stages[2].zip_rc.max_steps=2",
     "stages[2].zip_rc.batch_size=8",
+    "stages[3].evaluate.samples=3",
+    "stages[3].evaluate.metrics=[pass@1,greedy,mean_length,pareto]",
+    "stages[3].evaluate.pareto.betas=[0.03]",
     "stages[4].evaluate.data.size=4",
     "stages[4].evaluate.samples=8",
 )
