@@ -132,6 +132,8 @@ def _write(
         return
     collected = record.collected
     rollouts = [*collected.batch, *collected.dropped]
+    if not rollouts:  # a method may plan a step without any
+        return
     advantages = {
         channel.name: {
             rollout.id: _per_token(channel.advantages[rollout.id], len(rollout.completion.token_ids))
