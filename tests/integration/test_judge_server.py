@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from posttrain.rewards.client import JsonClient
 from posttrain.rewards.counts import counting
 from posttrain.rewards.scorer import Scorer, ScoreReport
 from posttrain.rewards.vllm_endpoints import VllmEndpoint
-from posttrain.rollout.replica import Replica, stop_all
+from posttrain.rollout.replica import Replica, free_port, stop_all
 from posttrain.rollout.serve import serve_environment
 from posttrain.rollout.types import Rollout
 
@@ -68,11 +69,12 @@ def save_classifier(kind: Any, path: Path, labels: int) -> Path:
     return path
 
 
-def launch(name: str, folder: Path, model: Path, *flags: str) -> Replica:
-    """A server process, which is not ready yet; it ends with this one at the latest."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+def flags(name: str, model: Path, port: int) -> list[str]:
+    """The flags of a server."""
     options = {
+        "--model": str(model),
         "--host": "127.0.0.1",
+        "--port": str(port),
         "--dtype": "float32",
         "--distributed-executor-backend": "uni",
         "--max-num-seqs": "8",
@@ -81,19 +83,7 @@ def launch(name: str, folder: Path, model: Path, *flags: str) -> Replica:
         "--served-model-name": name,
     }
     flat = [part for option in options.items() for part in option]
-    replica = Replica(
-        name,
-        command=lambda port: [
-            *command,
-            *flat,
-            *("--enforce-eager", "--no-enable-chunked-prefill", "--disable-log-stats", *flags),
-            *("--port", str(port)),
-        ],
-        environment=serve_environment(0, folder, lora=False),
-        log=folder / f"{name}.log",
-    )
-    replica.launch()
-    return replica
+    return [*flat, "--enforce-eager", "--no-enable-chunked-prefill", "--disable-log-stats"]
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +102,30 @@ def urls(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("servers")
     # White space between the parts of JSON would be all that this model writes.
     compact = ("--structured-outputs-config.disable_any_whitespace", "true")
-    replicas = [
-        launch("judge", folder, REASONER, "--structured-outputs-config.backend", "xgrammar", *compact),
-        *(launch(name, folder, path) for name, path in models.items()),
-    ]
+    xgrammar = ("--structured-outputs-config.backend", "xgrammar", *compact)
+    ports = {name: free_port() for name in ("judge", *models)}
+    commands = [flags(name, path, ports[name]) for name, path in models.items()]
+    commands.append([*flags("judge", REASONER, ports["judge"]), *xgrammar])
+    program = [sys.executable, str(Path(__file__).with_name("vllm_servers.py")), json.dumps(commands)]
+    servers = Replica(
+        "servers",
+        command=lambda port: program,
+        environment=serve_environment(0, folder, lora=False),
+        log=folder / "servers.log",
+    )
+    servers.launch()
 
     async def ready() -> None:
         async with aiohttp.ClientSession() as session:
-            await asyncio.gather(*(replica.wait_until_healthy(session, 300.0) for replica in replicas))
+            for port in ports.values():
+                servers.url = f"http://127.0.0.1:{port}"
+                await servers.wait_until_healthy(session, 300.0)
 
     try:
         asyncio.run(ready())
-        yield {replica.label: replica.url for replica in replicas}
+        yield {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
     finally:
-        stop_all(replicas)
+        stop_all([servers])
 
 
 # --- the judge --------------------------------------------------------------------------------------------
