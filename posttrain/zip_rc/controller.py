@@ -156,11 +156,15 @@ class Controller:
 
     @property
     def confidence(self) -> float:
-        """Expected reward of the answer if the samples that run are run to their ends."""
-        best = max((sample.value for sample in self.samples if sample.state == "finished"), default=0.0)
+        """Expected reward of the answer if the samples that run are run to their ends.
+
+        That of an answer that was cut off is 0.
+        """
+        finished = [sample.value for sample in self.samples if sample.state == "finished"]
         running = [sample for sample in self.samples if sample.state == "running"]
         if not running or self._root is None:
-            return best
+            return self.samples[self.best()].value if finished else 0.0
+        best = max(finished, default=0.0)
         rewards = reward_marginal(_joints(running, self._root))
         return expected_max(np.maximum(self._grid.rewards, best), rewards)
 

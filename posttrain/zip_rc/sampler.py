@@ -61,7 +61,7 @@ class AdaptiveAnswer:
 
     Attributes:
         completion: the one to use, chosen by value.
-        confidence: its expected reward, read at its last token.
+        confidence: its expected reward, read at its last token; 0 if it ran into its cap.
         samples: all that have begun, ended or not, in the order of their seeds.
         tokens: of all of them.
         latency: tokens that were generated one after another.
@@ -235,7 +235,7 @@ class AdaptiveSampler:
         best = prompt.controller.best()
         return AdaptiveAnswer(
             completion=completions[best],
-            confidence=prompt.controller.samples[best].value,
+            confidence=prompt.controller.confidence,
             samples=tuple(completions.values()),
             tokens=prompt.controller.tokens,
             latency=prompt.controller.latency,

@@ -88,7 +88,7 @@ def test_one_sample_is_always_run_to_its_end():
     assert extend(controller, joints, ended="length") == {1: 4}
     assert controller.next() == {}
     assert states(controller) == ["paused", "truncated"]
-    assert controller.best() == 1
+    assert (controller.best(), controller.confidence) == (1, 0.0)
 
 
 def test_utility_stops_when_more_would_not_pay():
@@ -120,7 +120,8 @@ def test_samples_that_were_cut_off_are_second_choice():
     asked = controller.next()
     cut, done = Chunk(asked[0], spread(0.9), "length"), Chunk(asked[1], spread(0.2), "stop")
     controller.record({0: cut, 1: done})
-    assert controller.best() == 1
+    assert controller.next() == {}
+    assert (controller.best(), controller.confidence) == (1, pytest.approx(0.2))
     with pytest.raises(ValueError, match="has ended"):
         make(EVERYTHING).best()
 

@@ -106,15 +106,18 @@ def test_pieces_make_up_samples(parts, whole, asked):
     assert lengths <= {0, 1, 8, 16}
 
 
-def test_decisions_are_those_of_a_replay(parts, whole, asked):
-    """Samples do not depend on when they were paused, so the policy can be played on the whole ones."""
-    engine, tokenizer = parts
-    answers, pieces = whole
+@pytest.fixture(scope="module")
+def found(parts, asked):
+    """Answers under the utility, and all that was shown."""
     seen = []
-    found = AdaptiveSampler(engine, tokenizer, GRID, policy=POLICY, interval=INTERVAL).sample(
-        asked, seen.append
-    )
-    for request, answer, every in zip(asked, found, answers, strict=True):
+    sampler = AdaptiveSampler(*parts, GRID, policy=POLICY, interval=INTERVAL)
+    return sampler.sample(asked, seen.append), seen
+
+
+def test_decisions_are_those_of_a_replay(whole, asked, found):
+    """Samples do not depend on when they were paused, so the policy can be played on the whole ones."""
+    everything, pieces = whole
+    for request, answer, every in zip(asked, found[0], everything, strict=True):
         tapes = [tape_of(request, completion, pieces) for completion in every.samples]
         outcome = replay(POLICY, tapes, GRID, INTERVAL)
         assert (answer.tokens, answer.latency) == (outcome.tokens, outcome.latency)
@@ -123,27 +126,29 @@ def test_decisions_are_those_of_a_replay(parts, whole, asked):
                 completion.token_ids == c.token_ids[: len(completion.token_ids)] for c in every.samples
             )
         place = [completion.token_ids for completion in every.samples].index(answer.completion.token_ids)
-        assert answer.confidence == pytest.approx(float(expected_reward(GRID, tapes[place].readings[-1])))
-    assert sum(answer.tokens for answer in found) < sum(answer.tokens for answer in answers)
+        value = float(expected_reward(GRID, tapes[place].readings[-1]))
+        assert answer.confidence == pytest.approx(value if answer.completion.finish_reason == "stop" else 0.0)
+    assert sum(answer.tokens for answer in found[0]) < sum(answer.tokens for answer in everything)
+
+
+def test_what_is_shown(found):
+    answers, seen = found
     last = {progress.prompt: progress for progress in seen}
-    for place, answer in enumerate(found):
+    for place, answer in enumerate(answers):
         assert last[place].done
         assert last[place].tokens == answer.tokens
+        assert last[place].confidence == answer.confidence
         assert last[place].remaining == 0.0
     first = next(progress for progress in seen if not progress.done)
     assert first.remaining > 0
     assert 0 < first.confidence <= 1
 
 
-def test_results_do_not_depend_on_the_batch(parts, asked):
-    engine, tokenizer = parts
-    together = AdaptiveSampler(engine, tokenizer, GRID, policy=POLICY, interval=INTERVAL).sample(asked)
-    one_by_one = AdaptiveSampler(
-        engine, tokenizer, GRID, policy=POLICY, interval=INTERVAL, concurrency=1
-    ).sample(asked)
-    for first, second in zip(together, one_by_one, strict=True):
-        assert [c.token_ids for c in first.samples] == [c.token_ids for c in second.samples]
-        assert first.completion.token_ids == second.completion.token_ids
+def test_results_do_not_depend_on_the_batch(parts, asked, found):
+    sampler = AdaptiveSampler(*parts, GRID, policy=POLICY, interval=INTERVAL, concurrency=1)
+    for answer, together in zip(sampler.sample([asked[2], asked[0]]), found[0][2::-2], strict=True):
+        assert [c.token_ids for c in answer.samples] == [c.token_ids for c in together.samples]
+        assert answer.completion.token_ids == together.completion.token_ids
 
 
 def test_a_budget_is_kept(parts, asked):
