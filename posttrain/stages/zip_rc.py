@@ -80,7 +80,8 @@ def run(stage: ZipRcStage, context: StageContext) -> StageResult:
     part = Part("", values, levels, kl=0.0 if stage.variant == "lite" else stage.kl, before=of - steps)
     trainer = _train(stage, context, traces, edges, part)
     summary |= {"steps": of, "cells": trainer.grid.size, "first_id": trainer.grid.first_id}
-    result = context.hand_over(trainer, {"zip_rc": summary})
+    sampled = {"tokens/sampled": summary.pop("tokens/sampled")}
+    result = context.hand_over(trainer, {"zip_rc": summary, **sampled})
     # What it was trained from had the adapter merged.
     return replace(result, model=result.model.model_copy(update={"adapter": None}))
 
