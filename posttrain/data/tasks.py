@@ -48,7 +48,7 @@ def arithmetic(
 
     The demonstrator may be fallible: with probability `slips` it keeps only the last digit of a step's
     result (forgets the sign or the tens), and with probability `noise` it is off by one. It then goes on
-    from its wrong value; `answer` is always the right one.
+    from its wrong value; `answer` is always the right one. Column `terms` counts the numbers.
     """
     terms = _between(min_terms, max_terms, rng)
     question = str(_between(min_first, max_first or max_term, rng))
@@ -65,7 +65,8 @@ def arithmetic(
             value += 1 if rng.random() < 0.5 else -1
         steps.append(f"{written}{term:+d}={value}")
         written = value
-    return Problem(f"{question}=", str(total), f"<think>{';'.join(steps)}</think>{written}")
+    demonstration = f"<think>{';'.join(steps)}</think>{written}"
+    return Problem(f"{question}=", str(total), demonstration, columns={"terms": str(terms)})
 
 
 def largest(rng: np.random.Generator, *, numbers: int = 4, max_value: int = 99) -> Problem:

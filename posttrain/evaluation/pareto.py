@@ -322,8 +322,11 @@ def difficulties(examples: Iterable[Example], column: str | None) -> dict[str, f
         return None
     levels: dict[str, float] = {}
     for example in examples:
-        value = example.columns.get(column)
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        try:
+            level = float(example.columns[column])
+        except (KeyError, TypeError, ValueError):
+            level = math.nan
+        if not math.isfinite(level):
             raise DataError(f"pareto.difficulty: example {example.id!r} has no number in column {column!r}")
-        levels[example.id] = float(value)
+        levels[example.id] = level
     return levels

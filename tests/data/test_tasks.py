@@ -28,6 +28,7 @@ def test_demonstrations_end_in_the_right_answer_and_rows_differ(task):
 def test_answers_are_right():
     for row in make_task("arithmetic", size=300, seed=1, split="test", min_terms=2, max_terms=6):
         assert int(row.answer) == sum(values_of(row.prompt))
+        assert int(row.columns["terms"]) == len(values_of(row.prompt))
     for row in make_task("largest", size=100, seed=1, split="train"):
         assert int(row.answer) == max(values_of(row.prompt))
     for row in make_task("addition", size=100, seed=1, split="train"):

@@ -136,7 +136,7 @@ def test_tapes_of_rollouts():
 
 
 def test_difficulty_is_a_number():
-    examples = [Example("a", "?", columns={"steps": 2}), Example("b", "?", columns={"steps": "many"})]
+    examples = [Example("a", "?", columns={"steps": "2"}), Example("b", "?", columns={"steps": "many"})]
     assert difficulties(examples, None) is None
     assert difficulties(examples[:1], "steps") == {"a": 2.0}
     with pytest.raises(DataError, match="example 'b' has no number in column 'steps'"):
