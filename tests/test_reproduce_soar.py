@@ -38,6 +38,7 @@ def row(rate, **more):
 
 
 def table(promoted, direct, kept):
+    taught = {"promotion questions": row(kept)} if kept else {}
     curves = {
         key: [0.0, 0.1] for key in ("reward", "reward/moving_average", "promotion", "baseline/accuracy")
     }
@@ -46,7 +47,7 @@ def table(promoted, direct, kept):
         "soar": [row(rate, **teacher, **{"wrong among useful": 0.3}) for rate in promoted],
         "intrinsic": [row(0.0, **{**teacher, "entropy": 1.0}) for _ in promoted],
         "hard only": [{**row(rate), "completions": 100} for rate in direct],
-        "fresh": [{"questions": {}, "base teacher": row(0.01)} | kept for _ in promoted],
+        "fresh": [{"questions": {}, "base teacher": row(0.01)} | taught for _ in promoted],
     }
 
 
