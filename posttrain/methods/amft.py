@@ -44,7 +44,7 @@ from posttrain.methods.base import (
 )
 from posttrain.recipe.amft_schema import AmftConfig
 from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, with_seed
-from posttrain.training.advantages import leave_one_out
+from posttrain.training.advantages import leave_one_out, zero_variance
 from posttrain.training.mixing import Slopes, entropy_pull, meta_gradient, moved, scheduled
 from posttrain.training.prompts import PromptOrder
 
@@ -203,7 +203,14 @@ class Amft(Method):
         rewards = np.array([rollout.reward for rollout in answers], dtype=np.float64)
         for reward in rewards:
             context.log("utility", float(reward))
-        advantages = leave_one_out(rewards, [rollout.request.group for rollout in answers])
+        groups = [rollout.request.group for rollout in answers]
+        assert self.config.held_out is not None
+        told_apart = sum(context.gather(len({*groups} - zero_variance(rewards, groups))))
+        context.log("evidence", told_apart)
+        if told_apart < self.config.held_out.evidence:
+            context.log("no_evidence", 1.0)
+            return None
+        advantages = leave_one_out(rewards, groups)
         by_id = {rollout.id: float(value) for rollout, value in zip(answers, advantages, strict=True)}
         mu = self.weight(context.step)
         return Comparison(by_id, {DEMONSTRATIONS: 1.0 / mu, CHANNELS: -1.0 / (1.0 - mu)})

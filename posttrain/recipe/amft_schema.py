@@ -21,6 +21,9 @@ class HeldOut(Section):
     """Of one measurement, over all devices."""
     group_size: int = Field(default=8, ge=2)
     """Answers to each; advantages are r minus the mean of the others."""
+    evidence: int = Field(default=4, ge=1)
+    """Prompts whose answers differ in reward that a measurement needs, over all devices; with fewer it is not
+    made. While nearly all answers are wrong, the few right ones point anywhere."""
 
 
 class AmftConfig(Section):

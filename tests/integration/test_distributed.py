@@ -275,6 +275,44 @@ def test_split_adapters_and_ranks_without_a_prompt(ranks: Ranks, recipe: Path, b
         assert not (two / "models" / stage / "reference").exists()
 
 
+AMFT = """{amft: {
+  demonstrations: {task: arithmetic, size: 9, seed: 1, args: {max_terms: 3, min_terms: 3}},
+  held_out: {data: {task: arithmetic, size: 9, split: validation, args: {max_terms: 3, min_terms: 3}},
+    prompts: 3, evidence: 1},
+  batch_size: 5, first: 0, interval: 2, rate: 0.5, entropy_rate: 0.05, warmup_steps: 1}}"""
+
+
+def test_gradients_compared_by_several_ranks(ranks: Ranks, recipe: Path) -> None:
+    """Ranks with unlike shares, under DDP and with adapters whose weights are split: one weight, as alone."""
+    stage = f"stages=[{{policy: {{{POLICY.format(steps=4, prompts=3)}, methods: [{AMFT}]}}}}]"
+    options = ["model.lora={r: 4}", "rollout.max_model_len=128", " ".join(stage.split())]
+    one = lines(train(ranks, recipe, "amft-alone", *options))
+    assert [line["amft/mu"] for line in one][:2] == [1.0, 0.5]
+    assert sum("amft/meta_gradient" in line for line in one) == 2
+    assert len({line["amft/mu"] for line in one}) > 2
+    for backend in ("ddp", "fsdp2", "zero3"):
+        two = lines(train(ranks, recipe, f"amft-{backend}", *options, backend=backend, world=2))
+        assert_same_steps(one[1:], two[1:])
+        for left, right in zip(one, two, strict=True):
+            for key in (key for key in left if key.startswith("amft/")):
+                assert right[key] == pytest.approx(left[key], rel=1e-4, abs=1e-6), (
+                    backend,
+                    left["step"],
+                    key,
+                )
+    codes, text = ranks.run(
+        "train",
+        recipe,
+        "name=amft-whole",
+        f"output_dir={ranks.folder}",
+        *options[1:],
+        backend="fsdp2",
+        world=2,
+    )
+    assert codes != [0, 0]
+    assert "train an adapter (model.lora), or use DDP or ZeRO-2" in text
+
+
 @pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
 def test_weights_of_a_split_model(ranks: Ranks, tmp_path: Path, backend: str) -> None:
     for tie in (True, False):

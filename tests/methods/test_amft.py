@@ -32,7 +32,7 @@ def options(**changes):
     return {
         "demonstrations": DEMONSTRATIONS,
         "batch_size": 5,
-        "held_out": {"data": HELD_OUT, "prompts": 3, "group_size": 4},
+        "held_out": {"data": HELD_OUT, "prompts": 3, "group_size": 4, "evidence": 1},
         "first": 0,
         "interval": 2,
         **changes,
@@ -254,14 +254,26 @@ def test_without_evidence_the_weight_stays():
     assert amft.mu == pytest.approx(0.3 + 0.1)  # imitation climbs: cosine 1
 
 
+def test_a_few_answers_that_differ_are_no_evidence():
+    answers = [rollout((-1.0,), None, f"0.held_out.{i}", "held_out") for i in (0, 0, 1, 1, 2, 2)]
+    for answer, reward in zip(answers, (1, 0, 1, 1, 0, 1), strict=True):
+        answer.reward = float(reward)
+    held_out = {"data": HELD_OUT, "evidence": 3}
+    batch = RolloutBatch(answers)
+    assert method(held_out=held_out).compare(batch, context()) is None
+    asked = method(held_out=held_out).compare(batch, context(gather=lambda value: [value, 1]))
+    assert list(asked.advantages.values()) == [1, -1, 0, 0, -1, 1]
+    assert asked.combination == {"demonstrations": 2.0, "channels": -2.0}
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_share_the_demonstrations_of_a_step(world):
     places = [list(share(5, context(rank, world))) for rank in range(world)]
     assert [place for own in places for place in own] == [0, 1, 2, 3, 4]
 
 
-def rollout(logprobs, mask=None):
-    request = RolloutRequest((1,), Example("a", "1+1=", "2"), "0.0", Sampling(8))
+def rollout(logprobs, mask=None, group="0.0", role="solution"):
+    request = RolloutRequest((1,), Example("a", "1+1=", "2"), group, Sampling(8), role)
     return Rollout(request, Completion((5,) * len(logprobs), logprobs, "stop", "", mask), 0, 0)
 
 
