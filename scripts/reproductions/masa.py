@@ -122,13 +122,15 @@ def noise(rng: np.random.Generator) -> str:
 
 
 def demonstrations(count: int, seed: int) -> list[Example]:
-    """Rows of the base: 70 % solutions of up to four digits, 30 % self-predictions."""
+    """Rows of the base: 70 % solutions of up to four digits, 30 % self-predictions about up to seven."""
     rng = np.random.default_rng(derive_seed("masa", "base", seed))
     rows = []
     for index in range(count):
-        a, b = draw_problem(int(rng.choice([1, 1, 2, 2, 2, 3, 3, 3, 4, 4])), rng)
-        asked, text = f"{a}+{b}=", ""
-        if rng.random() < 0.3:
+        # Of every length: else what the base says about problems it has never seen would tell them apart.
+        meta = rng.random() < 0.3
+        a, b = draw_problem(int(rng.choice(range(1, 8) if meta else [1, 1, 2, 2, 2, 3, 3, 3, 4, 4])), rng)
+        asked = f"{a}+{b}="
+        if meta:
             asked, text = QUESTION.template.replace("{problem}", asked), noise(rng)
         else:
             text = careful(a, b, rng) if rng.random() < 0.55 else careless(a, b, rng)
