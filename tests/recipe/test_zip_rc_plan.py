@@ -1,0 +1,66 @@
+"""What the plan says of a stage zip_rc: steps, tokens, memory, defaults by variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from posttrain.recipe.load import load_recipe
+from posttrain.recipe.model_info import read_model_info
+from posttrain.recipe.plan import Plan, format_plan, make_plan
+from posttrain.recipe.schema import ZipRcStage
+
+RECIPE = """\
+name: try
+model: {path: model}
+data: {train: {task: arithmetic, size: 1000}}
+rollout: {max_tokens: 64}
+rewards: [exact_match]
+stages:
+  - zip_rc: {batch_size: 64}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Callable[..., Path]) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_folder()
+    Path("try.yaml").write_text(RECIPE)
+
+
+def plan(*overrides: str) -> Plan:
+    return make_plan(load_recipe("try.yaml", overrides))
+
+
+def test_two_trainings_or_one() -> None:
+    (size,) = plan().sizes
+    assert (size.rollouts, size.sampled_tokens, size.steps) == (2000, 2000 * 64, 2 * 63)
+    (size,) = plan("stages.zip_rc.label=outcome", "stages.zip_rc.max_steps=5").sizes
+    assert size.steps == 5
+    text = format_plan(plan())
+    assert "two heads one after the other of full ZIP-RC: 2,000 rollouts" in text
+    assert "train forecasts of reward and length (full)" in text
+
+
+def test_memory_by_variant() -> None:
+    parameters = read_model_info(Path("model")).parameters
+    assert parameters is not None
+    ((_, full),) = plan().memory
+    assert full.parts["weights"] == 4 * parameters
+    assert full.parts["optimizer"] == 8 * parameters
+    assert full.parts["reference"] == 2 * parameters  # in the checkpoint's bfloat16
+    ((_, lite),) = plan("stages.zip_rc.variant=lite").memory
+    assert lite.parts["optimizer"] == 8 * 256 * 128  # the head alone
+    assert "reference" not in lite.parts
+
+
+def test_defaults_follow_the_variant() -> None:
+    assert ZipRcStage().optimizer.learning_rate == 3e-5
+    assert ZipRcStage(variant="lite").optimizer.learning_rate == 1e-3
+    own = ZipRcStage(variant="lite", optimizer={"learning_rate": 0.01})
+    assert own.optimizer.learning_rate == 0.01
+    assert own.optimizer.betas == (0.9, 0.95)
+    assert ZipRcStage().cells == 56
+    assert ZipRcStage(label="outcome", length_edges=[0, 4, 8]).cells == 4
