@@ -9,8 +9,8 @@ accuracy is the mean of its last five evaluations, on problems nothing was train
     fixed 0.1 to 0.9                           what a sweep would try
     imitation, policy gradient, switch at ...  one loss at a time
 
-Whenever the controller measures, the meta-gradient is found by brute force as well: the step is taken with more
-and with less imitation, and the probability of every held-out answer computed after both.
+Whenever the controller measures, the meta-gradient is found by brute force as well: the step is taken with
+more and with less imitation, and the probability of every held-out answer computed after both.
 """
 
 from __future__ import annotations
@@ -244,15 +244,29 @@ def report(table: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
     to_fixed, to_turned, to_switch = gap(MAIN, fixed), gap(MAIN, TURNED), gap(MAIN, switch)
     blind = of(MAIN, "blind")
     claims = [
-        claim("sign of the meta-gradient agrees with brute force beyond two standard errors", ">= 0.90",
-              agreement, statistics.mean(agreement) >= 0.9),
-        claim(f"mu at the end, range over starts {', '.join(learned)}", "<= 0.15", spread, max(spread) <= 0.15),
-        claim(f"accuracy, {MAIN} minus {fixed}, the best fixed weight", ">= -0.03", to_fixed,
-              statistics.mean(to_fixed) >= -0.03, interval=paired_interval(of(MAIN, "accuracy"), of(fixed, "accuracy"))),
-        claim(f"accuracy, {MAIN} minus {TURNED}", ">= 0.05", to_turned, statistics.mean(to_turned) >= 0.05,
-              interval=paired_interval(of(MAIN, "accuracy"), of(TURNED, "accuracy"))),
-        claim(f"accuracy of {MAIN} in the demonstrators' blind spot", "> 0.5", blind, statistics.mean(blind) > 0.5),
-    ]  # fmt: skip
+        claim(
+            "sign of the meta-gradient agrees with brute force beyond two standard errors",
+            ">= 0.90",
+            agreement,
+            statistics.mean(agreement) >= 0.9,
+        ),
+        claim(f"mu at the end, range over {', '.join(learned)}", "<= 0.15", spread, max(spread) <= 0.15),
+        claim(
+            f"accuracy, {MAIN} minus {fixed}, the best fixed weight",
+            ">= -0.03",
+            to_fixed,
+            statistics.mean(to_fixed) >= -0.03,
+            interval=paired_interval(of(MAIN, "accuracy"), of(fixed, "accuracy")),
+        ),
+        claim(
+            f"accuracy, {MAIN} minus {TURNED}",
+            ">= 0.05",
+            to_turned,
+            statistics.mean(to_turned) >= 0.05,
+            interval=paired_interval(of(MAIN, "accuracy"), of(TURNED, "accuracy")),
+        ),
+        claim(f"accuracy of {MAIN} in the blind spot", "> 0.5", blind, statistics.mean(blind) > 0.5),
+    ]
     if "imitation" in table:
         own = of("imitation", "blind")
         claims.append(
