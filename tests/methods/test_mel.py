@@ -162,7 +162,7 @@ def test_orders_of_pairs():
     assert common_prefix((1, 2), (1, 2, 3)) == 2
 
 
-# --- the loss, with the numbers worked out in the specification --------------------------------------------
+# --- the loss, with numbers worked out by hand -------------------------------------------------------------
 
 
 def loss_of(texts, groups, reduction, problems):
