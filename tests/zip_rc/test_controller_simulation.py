@@ -117,4 +117,9 @@ def test_settings_are_chosen_on_the_other_half():
         ],
     }  # fmt: skip
     assert simulation.at_votes(found, 2) == -1.0
-    assert simulation.at_best_of(found) == (1.0, -1.0, 1.0)
+    ratio, differences, latency = simulation.at_best_of(found)
+    assert (ratio, latency) == (1.0, 1.0)
+    assert differences.tolist() == [-1.0] * 8
+    worse = simulation.not_worse("accuracy", [differences, differences])
+    assert (worse["measured"], worse["interval"], worse["holds"]) == (-1.0, [-1.0, -1.0], False)
+    assert simulation.not_worse("accuracy", [np.array([0.0, -0.5, 0.5, 0.1])])["holds"]
