@@ -174,6 +174,7 @@ def base_model(job: Job) -> Measured:
             num_hidden_layers=LAYERS,
             num_attention_heads=HEADS,
             num_key_value_heads=HEADS,
+            initializer_range=0.1,  # the default, 0.02, is for widths of a thousand
             max_position_embeddings=128,
             tie_word_embeddings=True,
             bos_token_id=None,
