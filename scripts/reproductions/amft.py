@@ -52,7 +52,7 @@ EVERY = 25
 LAST = 5
 """Evaluations that an arm's accuracy is the mean of."""
 STARTS, FIXED, SWITCHES = (0.1, 0.5, 0.9), (0.1, 0.3, 0.5, 0.7, 0.9), (150, 300, 500)
-CONTROLLER = {"rate": 0.3, "interval": 5}
+CONTROLLER = {"rate": 0.4, "interval": 10}
 MAIN, TURNED = "amft 0.5", "turned around"
 ARMS: dict[str, dict[str, Any]] = {
     **{f"amft {mu:g}": {"mu": mu, **CONTROLLER} for mu in STARTS},
@@ -156,7 +156,7 @@ class Job:
             },
             "held_out": {
                 "data": {"jsonl": str(self.world / "held_out.jsonl")},
-                "prompts": 18,
+                "prompts": 4 if self.fast else 64,
                 "group_size": 8,
             },
             "batch_size": 8 if self.fast else 64,

@@ -256,8 +256,8 @@ def test_without_evidence_the_weight_stays():
 
 def test_a_few_answers_that_differ_are_no_evidence():
     answers = [rollout((-1.0,), None, f"0.held_out.{i}", "held_out") for i in (0, 0, 1, 1, 2, 2)]
-    for answer, reward in zip(answers, (1, 0, 1, 1, 0, 1), strict=True):
-        answer.reward = float(reward)
+    for index, (answer, reward) in enumerate(zip(answers, (1, 0, 1, 1, 0, 1), strict=True)):
+        answer.index, answer.reward = index, float(reward)
     held_out = {"data": HELD_OUT, "evidence": 3}
     batch = RolloutBatch(answers)
     assert method(held_out=held_out).compare(batch, context()) is None
