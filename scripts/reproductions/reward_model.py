@@ -13,9 +13,10 @@ from typing import Any
 
 from reproductions.common import ROOT, claim, metric, paired_interval, run, summary
 
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)
+"""Settings were chosen on seed 10; 0 to 2 were measured with earlier ones."""
 RECIPE = ROOT / "recipes" / "tiny" / "reward_model.yaml"
-SHORT = 100
+SHORT = 150
 FAST = (
     "stages[0].annotate_preferences.members=1",
     "stages[0].annotate_preferences.max_steps=1",
