@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TASK = {"min_terms": 3, "max_terms": 3}
 ERRORS = ("digit", "extra", "sign")
-SIZES = {"train": 1200, "test": 500}
+SIZES = {"train": 1500, "test": 500}
 FLIPPED = {"train": 0.25, "test": 0.0}
 
 
