@@ -17,6 +17,8 @@ from posttrain.rollout.types import Example
 def test_the_world_is_what_it_is_said_to_be():
     assert mel_world.compute("-", 1, 3) == 3
     assert mel_world.write_solution("Qc123", "+", "*") == "xc+3yc*4"
+    assert mel_world.computes("xc+3yc*4", "Qc123")
+    assert not any(mel_world.computes(text, "Qc123") for text in ("xc+2yc*3", "xc3", "", "xc+3yc*44"))
     problems = mel_world.all_problems()
     assert len({example.id for example in problems}) == 750
     for example in problems[:50]:

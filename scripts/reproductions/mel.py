@@ -39,6 +39,7 @@ from reproductions.mel_world import (
     all_problems,
     answers_of,
     base_rows,
+    computes,
     is_true,
     make_base,
     score,
@@ -240,6 +241,7 @@ def bare(engine: TransformersEngine, tokenizer: Any, job: Job) -> Measured:
 
     return {
         "pass": statistics.mean(r.reward or 0.0 for r in solved),
+        "computes": statistics.mean(computes(r.completion.text, r.request.example.prompt) for r in solved),
         "rule x": picks(2, "x"),
         "rule y": picks(6, "y"),
         "recall": statistics.mean(is_true(r.completion.text, r.request.example) for r in recalled),
@@ -456,7 +458,7 @@ def summarise(rows: Sequence[Measured]) -> dict[str, list[float]]:
     """What is compared of an arm, one value a seed."""
     ends = {
         f"{key}, {when}": [row["curve"][point][key] for row in rows]
-        for key in ("pass", "rule x", "rule y", "recall")
+        for key in ("pass", "computes", "rule x", "rule y", "recall")
         for when, point in (("start", 0), ("end", -1))
     }
     written = {f"written: {key}": [row["written"][key] for row in rows] for key in rows[0]["written"]}

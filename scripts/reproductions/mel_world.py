@@ -30,7 +30,7 @@ FORMAT = ExperienceFormat(
 )
 SOLUTION_TOKENS, EXPERIENCE_TOKENS = 9, 8
 """With the end token."""
-BASE_STEPS, BASE_ROWS = 1350, 32
+BASE_STEPS, BASE_ROWS = 4000, 32
 OBEDIENCE, SPOILT = 0.95, 0.3
 """Of the base's rows: hints that are followed, and analyses whose right rule is replaced by any."""
 
@@ -54,6 +54,12 @@ def write_solution(problem: str, first: str, second: str) -> str:
     category, (a, b, e) = problem[1], map(int, problem[2:])
     between = compute(first, a, b)
     return f"x{category}{first}{between}y{category}{second}{compute(second, between, e)}"
+
+
+def computes(text: str, problem: str) -> bool:
+    """Whether a solution does what its own rules say, right or wrong."""
+    rules = text[2:3], text[6:7]
+    return set(rules) <= set(RULES) and text == write_solution(problem, *rules)
 
 
 def write_experience(step: str, wrong: str, category: str, right: str) -> str:
