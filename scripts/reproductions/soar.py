@@ -49,7 +49,7 @@ SEEDS = (0, 1, 2)
 PROCESSES = 2
 """Jobs at a time; each computes in one thread."""
 RECIPE = ROOT / "recipes" / "tiny" / "soar.yaml"
-BASE, TRAINING = slice(0, 3), slice(3, 4)
+BASE, TRAINING = slice(0, 4), slice(4, 5)
 """Stages of the recipe: base model, hard subset and its evaluation; then SOAR."""
 WIDTH, LAYERS, HEADS = 64, 3, 2
 KS = (1, 4, 8, 32)
@@ -60,29 +60,32 @@ ORACLE = (2, 3)
 """Operations of the questions that ought to help."""
 FAST = (
     # Proposals alone, of which a few dozen steps make some readable.
-    "stages[0].sft.data.args.mode=teacher",
-    "stages[0].sft.max_steps=80",
-    "stages[0].sft.batch_size=16",
-    "stages[0].sft.data.size=1280",
-    "stages[0].sft.optimizer.warmup_steps=5",
+    "stages[0].sft.data.size=16",
+    "stages[0].sft.batch_size=4",
+    "stages[0].sft.max_steps=1",
+    "stages[1].sft.data.args.mode=teacher",
+    "stages[1].sft.max_steps=80",
+    "stages[1].sft.batch_size=16",
+    "stages[1].sft.data.size=1280",
+    "stages[1].sft.optimizer.warmup_steps=5",
     "data.train.size=8",
-    "stages[1].hard_subset.samples=2",
-    "stages[1].hard_subset.first=2",
-    "stages[2].evaluate.samples=2",
-    "stages[2].evaluate.metrics=[pass@1]",
-    "stages[3].soar.steps=1",
-    "stages[3].soar.promotion.threshold=-2",
-    "stages[3].soar.promotion.window=1",
-    "stages[3].soar.datasets=2",
-    "stages[3].soar.questions=2",
-    "stages[3].soar.students=1",
-    "stages[3].soar.reward_questions=2",
-    "stages[3].soar.reward_samples=1",
-    "stages[3].soar.student.steps=1",
-    "stages[3].soar.student.max_steps=1",
-    "stages[3].soar.student.prompts_per_step=2",
-    "stages[3].soar.student.group_size=2",
-    "stages[3].soar.teacher.max_draws=100",
+    "stages[2].hard_subset.samples=2",
+    "stages[2].hard_subset.first=2",
+    "stages[3].evaluate.samples=2",
+    "stages[3].evaluate.metrics=[pass@1]",
+    "stages[4].soar.steps=1",
+    "stages[4].soar.promotion.threshold=-2",
+    "stages[4].soar.promotion.window=1",
+    "stages[4].soar.datasets=2",
+    "stages[4].soar.questions=2",
+    "stages[4].soar.students=1",
+    "stages[4].soar.reward_questions=2",
+    "stages[4].soar.reward_samples=1",
+    "stages[4].soar.student.steps=1",
+    "stages[4].soar.student.max_steps=1",
+    "stages[4].soar.student.prompts_per_step=2",
+    "stages[4].soar.student.group_size=2",
+    "stages[4].soar.teacher.max_draws=100",
 )
 
 Measured = dict[str, Any]
@@ -187,7 +190,7 @@ def base_model(job: Job) -> Measured:
         tokenizer.save_pretrained(blank)
     overrides = [f"model.path={blank}", *(FAST if job.fast else ())]
     if job.fast:  # whatever the model happens to know
-        overrides += ["stages[1].hard_subset.correct.threshold=2"]
+        overrides += ["stages[2].hard_subset.correct.threshold=2"]
     folder = run(RECIPE, job.name, overrides, BASE)
     return {**gates(Lab(job)), "seconds": summary(folder)["seconds"]}
 
@@ -200,10 +203,10 @@ def teacher_run(job: Job) -> Measured:
         f"seed={job.seed}",
         f"model.path={model_of(job.other('base', shared=True).folder)}",
         *(FAST if job.fast else ()),
-        f"stages[3].soar.data={rows}",
+        f"stages[4].soar.data={rows}",
     ]
     if job.arm == "intrinsic":
-        overrides += ["stages[3].soar.reward=learnability", "stages[3].soar.promotion.enabled=false"]
+        overrides += ["stages[4].soar.reward=learnability", "stages[4].soar.promotion.enabled=false"]
     folder = run(RECIPE, job.name, overrides, TRAINING)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = json.loads((folder / "state.json").read_text())["stages"][-1]["summary"]["soar"]
@@ -386,7 +389,7 @@ def item_of(question: Question) -> Item | None:
 
 def hard_rows(job: Job, split: str) -> Path:
     """The file of a half of the hard subset."""
-    folder = job.other("base", shared=True).folder / "data" / "02-hard_subset"
+    folder = job.other("base", shared=True).folder / "data" / "03-hard_subset"
     return folder / ("rows.parquet" if split == "train" else f"rows-{split}.parquet")
 
 
