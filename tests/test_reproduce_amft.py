@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import reproduce
 import torch
-from reproductions import amft, common
+from reproductions import amft, amft_table, common
 from reproductions.amft_world import answer, encoded, is_blind, make_pairs, make_tokenizer, question
 
 
@@ -104,3 +105,39 @@ def test_amft_from_end_to_end(tmp_path, monkeypatch):
     written = (tmp_path / "reproduce-amft-amft-0.5-fast-0" / "summary.json").stat().st_mtime_ns
     reproduce.main(["amft", "--fast"])  # what is there is kept
     assert (tmp_path / "reproduce-amft-amft-0.5-fast-0" / "summary.json").stat().st_mtime_ns == written
+
+
+def test_verdicts_on_the_table():
+    def trained(*finals):
+        return [amft_table.Trained(final=final, mu=[0.5]) for final in finals]
+
+    runs = {
+        amft_table.LEARNED: trained(0.86, 0.88),
+        "amft, rate 0.3": trained(0.91, 0.93),
+        "fixed 0.1": trained(0.88, 0.9),
+        "fixed 0.9": trained(0.7, 0.7),
+        "switch at 40": trained(0.9, 0.9),
+        "switch at 150": trained(0.92, 0.94),
+        amft_table.TURNED: trained(0.7, 0.7),
+    }
+    made = amft_table.report(runs)
+    assert [item["holds"] for item in made["claims"]] == [True, True]
+    assert [item["measured"] for item in made["claims"]] == pytest.approx([-0.02, 0.17])
+    assert made["regret"]["of amft, rate 0.3 to switch at 150"] == pytest.approx([0.01, 0.01])
+    assert made["regret"]["of amft, rate 0.05 to fixed 0.1"] == pytest.approx([0.02, 0.02])
+    worse = amft_table.report(runs | {amft_table.LEARNED: trained(0.7, 0.74)})
+    assert [item["holds"] for item in worse["claims"]] == [False, False]
+
+
+def test_the_control_differs_in_the_sign_alone():
+    learned, turned = (amft_table.ARMS[name] for name in (amft_table.LEARNED, amft_table.TURNED))
+    assert replace(learned, rate=-learned.rate) == turned
+    assert amft.ARMS[amft.TURNED] == amft.ARMS[amft.MAIN] | {"rate": -amft.CONTROLLER["rate"], "mu": 0.5}
+
+
+def test_the_table_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RUNS", tmp_path)
+    reproduce.main(["amft_table", "--fast"])
+    result = json.loads((tmp_path / "amft_table-fast.json").read_text())
+    assert set(result["arms"]) == set(amft_table.FAST_ARMS)
+    assert len(result["slopes"]["40"]) == 5

@@ -56,7 +56,7 @@ CONTROLLER = {"rate": 0.4, "interval": 10}
 MAIN, TURNED = "amft 0.5", "turned around"
 ARMS: dict[str, dict[str, Any]] = {
     **{f"amft {mu:g}": {"mu": mu, **CONTROLLER} for mu in STARTS},
-    TURNED: {**CONTROLLER, "rate": -CONTROLLER["rate"]},
+    TURNED: {"mu": 0.5, **CONTROLLER, "rate": -CONTROLLER["rate"]},
     **{f"fixed {mu:g}": {"schedule": {0: mu}} for mu in FIXED},
     "imitation": {"schedule": {0: 1.0}},
     "policy gradient": {"schedule": {0: 0.0}, "warmup_steps": 0},

@@ -365,7 +365,12 @@ def table():
         "switch at 150",
         "amft, rate 0.1",
         "turned around",
+        "likelihood of demonstrations",
         "likelihood of demonstrations, turned around",
+        "amft, interval 20",
+        "amft raw, rate 0.0001",
+        "amft and entropy",
+        "amft and entropy, other sign",
     )
     return {name: train(ARMS[name], seed=0) for name in names}
 
@@ -379,7 +384,12 @@ def table():
         ("switch at 150", 0.927),
         ("amft, rate 0.1", 0.905),
         ("turned around", 0.682),
+        ("likelihood of demonstrations", 0.684),
         ("likelihood of demonstrations, turned around", 0.904),
+        ("amft, interval 20", 0.727),
+        ("amft raw, rate 0.0001", 0.701),
+        ("amft and entropy", 0.682),
+        ("amft and entropy, other sign", 0.918),
     ],
 )
 def test_table(table, arm, final):
@@ -395,6 +405,10 @@ def test_the_weight_rises_while_imitation_pays_and_falls_after_it(table):
     assert min(turned[:200]) < 0.7
     assert turned[-1] == 0.95
     blindly = table["likelihood of demonstrations, turned around"].mu[40:]
+    assert set(table["amft raw, rate 0.0001"].mu[40:]) != {0.8}
+    assert np.allclose(table["amft raw, rate 0.0001"].mu[40:], 0.8, atol=1e-3)  # moves nothing to be seen
+    assert table["amft and entropy"].mu[100] == 0.95  # both losses lower entropy: neither sign regulates
+    assert table["amft and entropy, other sign"].mu[-1] == 0.05
     assert max(blindly) < 0.82  # decays from the first step on, whatever imitation is worth
 
 
