@@ -14,9 +14,13 @@ def values_of(question):
     return [int(number) for number in re.findall(r"[+-]?\d+", question)]
 
 
+NO_MISTAKES = {"string_machine": {"mode": "worked"}}
+"""Arguments of tasks whose demonstrators are fallible unless told otherwise."""
+
+
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_demonstrations_end_in_the_right_answer_and_rows_differ(task):
-    rows = make_task(task, size=100, seed=0, split="train")
+    rows = make_task(task, size=100, seed=0, split="train", **NO_MISTAKES.get(task, {}))
     assert len({row.id for row in rows}) == 100
     assert len({row.prompt for row in rows}) == 100 or task == "calculator"  # whose easy problems are few
     for row in rows:
