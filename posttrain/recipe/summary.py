@@ -18,7 +18,8 @@ REPORTED_PACKAGES = ("posttrain", "torch", "transformers", "trl", "peft", "accel
 
 
 def summarise(recipe: Recipe, stages: Sequence[FinishedStage], metrics: MetricsFile) -> dict[str, Any]:
-    """What a run did: metrics before and after, time by stage and phase, tokens, seed.
+    """What a run did: metrics before and after, time by stage and phase, tokens, seed; and what a stage says
+    about itself, under the name of its kind in its entry of `stages`.
 
     `seconds` are those of the stages, over all attempts: a stage that was resumed counts the time up to the
     checkpoint it went on from, and the time after; work that was lost does not count.
@@ -40,6 +41,7 @@ def summarise(recipe: Recipe, stages: Sequence[FinishedStage], metrics: MetricsF
                 "kind": stage.kind,
                 "seconds": round(stage.seconds, 1),
                 "phases": _phases(line for line in lines if line["stage"] == stage.stage),
+                **_findings(stage.summary),
             }
             for stage in stages
         ],
@@ -76,6 +78,11 @@ def _accuracy(evaluation: dict[str, Any]) -> dict[str, Any]:
     """The first accuracy of an evaluation, with its name."""
     name = next((name for name in evaluation["metrics"] if name != "mean_length"), "mean_length")
     return {"metric": name, **evaluation["metrics"][name]}
+
+
+def _findings(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a stage says about itself; evaluations have a list of their own."""
+    return {key: value for key, value in summary.items() if isinstance(value, dict) and key != "evaluation"}
 
 
 def _tokens(summary: dict[str, Any]) -> tuple[int, int]:

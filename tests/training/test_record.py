@@ -66,10 +66,15 @@ def test_seconds_and_phases_are_those_of_the_work_that_counts(tmp_path):
     metrics.write(stage="02-b", kind="policy", step=1, metrics={"seconds/generate": 100.0})
     model = ModelConfig(path="m")
     recipe = Recipe.model_validate({"name": "x", "model": {"path": "m"}, "stages": [{"evaluate": {}}]})
-    stages = [FinishedStage("01-a", "policy", model, {"tokens/sampled": 7, "tokens/trained": 5}, 10.04)]
-    summary = summarise(recipe, stages, metrics)
-    assert summary["seconds"] == 10.0
-    assert summary["stages"] == [
-        {"stage": "01-a", "kind": "policy", "seconds": 10.0, "phases": {"generate": 4.0}}
+    found = {"truncated": 2, "unscored": 1}
+    stages = [
+        FinishedStage("01-a", "policy", model, {"tokens/sampled": 7, "tokens/trained": 5}, 10.04),
+        FinishedStage("03-c", "zip_rc", model, {"zip_rc": found, "tokens/sampled": 3}, 1.0),
     ]
-    assert (summary["tokens_sampled"], summary["tokens_trained"]) == (7, 5)
+    summary = summarise(recipe, stages, metrics)
+    assert summary["seconds"] == 11.0
+    assert summary["stages"] == [
+        {"stage": "01-a", "kind": "policy", "seconds": 10.0, "phases": {"generate": 4.0}},
+        {"stage": "03-c", "kind": "zip_rc", "seconds": 1.0, "phases": {}, "zip_rc": found},
+    ]
+    assert (summary["tokens_sampled"], summary["tokens_trained"]) == (10, 5)
