@@ -79,8 +79,13 @@ class Amft(Method):
 
     def measures(self, step: int) -> bool:
         """Whether the meta-gradient is measured in a step."""
-        begin = max(self.config.warmup_steps, self.config.first)
-        return self.config.learns and step >= begin and (step - begin) % self.config.interval == 0
+        since = step - self._begin
+        return self.config.learns and since >= 0 and since % self.config.interval == 0
+
+    @property
+    def _begin(self) -> int:
+        """The step of the first measurement."""
+        return max(self.config.warmup_steps, self.config.first)
 
     # --- what is sampled -------------------------------------------------------------------------------
 
@@ -105,8 +110,8 @@ class Amft(Method):
 
     def _questions(self, held_out: PromptOrder, context: StepContext) -> list[RolloutRequest]:
         assert self.config.held_out is not None
-        asked, begin = self.config.held_out, max(self.config.warmup_steps, self.config.first)
-        number = (context.step - begin) // self.config.interval
+        asked = self.config.held_out
+        number = (context.step - self._begin) // self.config.interval
         sampling = replace(context.sampling, n=asked.group_size)
         requests = []
         for slot in share(asked.prompts, context):
@@ -177,9 +182,18 @@ class Amft(Method):
         return [LossTerm(DEMONSTRATIONS, [self._encoded[example.id] for example in chosen], mu)]
 
     def _load_demonstrations(self, context: StepContext) -> PromptOrder:
-        """The demonstrations in their order; those that do not fit are left out, never cut."""
+        """The demonstrations in their order; those that do not fit are left out, never cut.
+
+        Raises:
+            DataError: none fits, or a held-out prompt is among them: imitation would be credited with it.
+        """
         source, room = self.config.demonstrations, context.engine.max_model_len
         examples = load_examples(source)
+        held_out = self._held_out_order(context).examples if self.config.learns else []
+        shown = {example.id for example in examples}
+        for example in held_out:
+            if example.id in shown:
+                raise DataError(f"amft: prompt {example.id!r} is held out and demonstrated, too")
         rows = {
             example.id: demonstration_ids(example, context.tokenizer, source.format) for example in examples
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,19 +211,39 @@ def test_a_warm_up_comes_first_and_the_target_is_measured_after_it(model_folder,
 
 
 def test_a_run_goes_on_from_its_state(model_folder, tmp_path, checked):
-    """The state after the first measurement gives the second step the weight it had."""
-    state = json.loads(json.dumps({"mu": checked.metrics[1]["amft/mu"], "target": 1.25}))
-    other = method()
-    other.load_state_dict(state)
-    assert other.state_dict() == state
-    assert other.weight(1) == checked.metrics[1]["amft/mu"]
-    assert [other.measures(step) for step in range(4)] == [True, False, True, False]
+    """Stopped after the step that was measured first, it samples, measures and moves the weight as ever."""
+    stage = {"stage": make_stage(micro_batch_tokens=150)}
+    first = make_trainer(model_folder, tmp_path, methods=[method()], **stage)
+
+    def stop(step, steps, metrics):
+        first.control.should_save = first.control.should_training_stop = True
+
+    first.on_log = stop
+    first.train()
+    state, tensors = first.state_dict()
+    assert state["methods"]["amft"] == {"mu": checked.metrics[1]["amft/mu"], "target": None}
+    resumed = make_trainer(model_folder, tmp_path, methods=[method()], **stage)
+    resumed.load_state_dict(json.loads(json.dumps(state)), tensors)
+    later = []
+    resumed.on_log = lambda step, steps, metrics: later.append(metrics)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for left, right in zip(checked.metrics[1:], later, strict=True):
+        names = {name for name in left if name.startswith("amft/")}
+        assert names == {name for name in right if name.startswith("amft/")}
+        assert all(right[name] == left[name] for name in {*names, "loss", "grad_norm"})
+    assert_same_weights(weights_of(resumed), weights_of(checked.trainer), tolerance=0)
 
 
-def context(rank=0, world=1, step=0, gather=lambda value: [value], **changes):
+def test_when_the_meta_gradient_is_measured():
+    amft = method(first=3, warmup_steps=2)
+    assert [step for step in range(9) if amft.measures(step)] == [3, 5, 7]
+    assert [step for step in range(9) if method(first=1, warmup_steps=4).measures(step)] == [4, 6, 8]
+
+
+def context(rank=0, world=1, step=0, gather=lambda value: [value], engine=None, **changes):
     return StepContext(
         step=step,
-        engine=None,
+        engine=engine,
         tokenizer=make_tokenizer(),
         model=None,
         rng=np.random.default_rng(0),
@@ -304,6 +325,15 @@ def test_a_held_out_prompt_must_not_be_trained_on(model_folder, tmp_path):
     trainer.collector.encode = lambda example: (5, 6)
     with pytest.raises(DataError, match="is held out and trained on, too"):
         trainer.train()
+
+
+def test_a_held_out_prompt_must_not_be_demonstrated():
+    same = {"data": {**HELD_OUT, "split": "train"}}
+    own = context(engine=SimpleNamespace(max_model_len=64), sampling=Sampling(8))
+    with pytest.raises(DataError, match="is held out and demonstrated, too"):
+        method(held_out=same).auxiliary(own)
+    assert len(method().auxiliary(own)[0].rows) == 5
+    assert len(method(held_out=same, schedule={0: 0.5}).auxiliary(own)[0].rows) == 5  # nothing is fitted
 
 
 @pytest.mark.parametrize(
