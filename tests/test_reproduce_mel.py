@@ -66,6 +66,58 @@ def test_the_facts_of_sums():
     assert not mel.rule_is_true("at 3-9=6;why sign;rule end", Example("", "3-9="))
 
 
+def points(*passes):
+    """A curve of 20 steps and 100 tokens from point to point."""
+    return {"curve": [{"step": 20 * n, "tokens": 100 * n, "pass": p} for n, p in enumerate(passes)]}
+
+
+def test_verdicts_on_training():
+    """Against GRPO after as many updates (step 20) and after as many tokens (its step 30)."""
+    arms = {
+        "grpo": [points(0.3, 0.4, 0.6), points(0.3, 0.5, 0.7), points(0.3, 0.45, 0.65)],
+        "retro 1": [points(0.3, 0.39), points(0.3, 0.48), points(0.3, 0.45)],
+        "distill 0.1": [points(0.3, 0.5), points(0.3, 0.61), points(0.3, 0.54)],
+    }
+    for rows in (arms["retro 1"], arms["distill 0.1"]):
+        for row in rows:
+            row["curve"][-1]["tokens"] = 150
+    best, elsewhere, *made = mel.training_claims(arms)
+    assert "(distill 0.1)" in best["name"]
+    assert (best["measured"], best["holds"]) == (0.1, True)
+    assert (elsewhere["measured"], elsewhere["holds"]) == (0.1, True)
+    assert [item["measured"] for item in made] == [-0.01, -0.11, 0.1, 0.0]
+    assert [item["holds"] for item in made] == [False, False, True, False]
+
+
+def test_the_best_of_many_by_chance_is_not_the_best_elsewhere():
+    chance = {"a": [0.3, 0.0, -0.1], "b": [-0.1, 0.3, 0.0], "c": [0.0, -0.1, 0.3]}
+    assert mel.chosen_elsewhere(chance) == [-0.1, -0.1, -0.1]
+    assert mel.chosen_elsewhere({"a": [0.2, 0.3], "b": [0.1, 0.1]}) == [0.2, 0.3]
+
+
+def test_verdicts_on_transfer():
+    def rows(*passes):
+        return [{**points(0.3, p), "written": {"true, all": p}} for p in passes]
+
+    arms = {
+        "retro": rows(0.30, 0.31, 0.29),
+        "distill": rows(0.50, 0.51, 0.50),
+        "unverified": rows(0.2, 0.2, 0.2),
+        "solution": rows(0.30, 0.30, 0.30),
+    }
+    made = mel.transfer_claims(arms)
+    assert [(item["measured"], item["holds"]) for item in made] == [(0.0, False), (0.2033, True), (0.1, True)]
+
+
+def test_verdicts_in_context():
+    good = {"pass, raw": 0.45, "pass, shuffled": 0.32, "pass, kept": 0.57, "pass, rejected": 0.33,
+            "true, kept": 0.58, "true, all": 0.51, "retention": 0.43, "pass, none": 0.34}  # fmt: skip
+    rows = [{key: value + shift for key, value in good.items()} for shift in (0.0, 0.01)]
+    assert [item["holds"] for item in mel.context_claims("w", rows)] == [True] * 5
+    bad = [{**row, "pass, shuffled": row["pass, raw"] - 0.04, "true, kept": row["true, all"]} for row in rows]
+    assert [item["holds"] for item in mel.context_claims("w", bad)] == [False, True, True, False, True]
+
+
 def test_mel_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RUNS", tmp_path)
     reproduce.main(["mel", "--fast"])

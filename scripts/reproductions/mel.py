@@ -537,7 +537,27 @@ def training_claims(arms: Mapping[str, Sequence[Measured]]) -> list[dict[str, An
     holds = statistics.mean(gains[best]) >= 0.039 and intervals[best][0] > 0
     name = f"the best of {len(gains)} settings ({best}): accuracy over grpo after as many updates"
     goal = ">= 0.039 (the paper's gain), interval above 0, not corrected for the choice"
-    return [claim(name, goal, gains[best], holds, interval=intervals[best]), *claims]
+    claims.insert(0, claim(name, goal, gains[best], holds, interval=intervals[best]))
+    if len(grpo) > 1:
+        chosen = chosen_elsewhere(gains)
+        interval = paired_interval(chosen, [0.0] * len(chosen))
+        name = "the setting that is best on the other seeds: accuracy over grpo after as many updates"
+        holds = statistics.mean(chosen) >= 0.039 and interval[0] > 0
+        claims.insert(1, claim(name, ">= 0.039, interval above 0", chosen, holds, interval=interval))
+    return claims
+
+
+def chosen_elsewhere(gains: Mapping[str, Sequence[float]]) -> list[float]:
+    """Of every seed the gain of the setting whose mean over the other seeds is the highest.
+
+    The best of many settings is above 0 by chance alone; this is not: no seed takes part in its own choice.
+    """
+
+    def others(arm: str, seed: int) -> float:
+        return sum(gain for other, gain in enumerate(gains[arm]) if other != seed)
+
+    count = len(next(iter(gains.values())))
+    return [gains[max(gains, key=lambda arm: others(arm, seed))][seed] for seed in range(count)]
 
 
 def value_at(curve: Sequence[Mapping[str, float]], key: str, place: float) -> float:
