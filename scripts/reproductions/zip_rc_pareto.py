@@ -34,6 +34,8 @@ LOOP, LOOP_TICKS, HINT, TICKS = 0.04, 6.0, 0.6, 60
 GRID = Grid(first_id=0, reward_values=VALUES, length_edges=(0, 8, 16, 32, 48, 64, 96, 128, 256))
 VALUE_EDGES = np.array([0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.85, 0.95])
 COLUMNS = ("accuracy", "compute", "latency")
+COMPUTE_MARGIN = 0.02
+"""A setting that keeps to a budget on the problems it is chosen on may cost so much more on the others."""
 CONFIG = ParetoConfig(interval=TOKENS, betas=[0.003, 0.01, 0.03, 0.1, 0.2])
 
 
@@ -163,14 +165,16 @@ def pareto_claims(tables: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     size = tables[0]["samples"]
     chosen = [at_best_of(found) for found in tables]
     ratios, differences, latencies = zip(*chosen, strict=True)
+    reached = not_worse(f"accuracy there, minus that of best of {size}", differences)
     claims = [
         claim(
             f"compute at the accuracy of best of {size}, share of its",
             "<= 0.7",
             ratios,
-            statistics.mean(ratios) <= 0.7,
+            statistics.mean(ratios) <= 0.7 and reached["holds"],
+            why=None if reached["holds"] else "that accuracy is not reached",
         ),
-        not_worse(f"accuracy there, minus that of best of {size}", differences),
+        reached,
         claim(
             f"latency there, share of that of best of {size}",
             "<= 1",
@@ -180,13 +184,16 @@ def pareto_claims(tables: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     for votes in (2, 4, 8):
         if votes <= size:
-            gains = [at_votes(found, votes) for found in tables]
+            gains, shares = zip(*(at_votes(found, votes) for found in tables), strict=True)
+            share = statistics.mean(shares)
+            affordable = share <= 1 + COMPUTE_MARGIN
             claims.append(
                 claim(
                     f"accuracy over majority vote with N = {votes} at no more compute, relative",
                     ">= 0.12",
                     gains,
-                    statistics.mean(gains) >= 0.12,
+                    statistics.mean(gains) >= 0.12 and affordable,
+                    why=None if affordable else f"no setting is so cheap: {share:.2f} of the vote's compute",
                 )
             )
     growth = [effort_ratio(found) for found in tables]
@@ -227,10 +234,12 @@ def at_best_of(found: dict[str, Any]) -> tuple[float, Floats, float]:
     return float(compute[0] / compute[1]), np.concatenate(differences), float(latency[0] / latency[1])
 
 
-def at_votes(found: dict[str, Any], votes: int) -> float:
-    """Relative gain in accuracy of the best setting that takes no more compute than a majority vote of N."""
+def at_votes(found: dict[str, Any], votes: int) -> tuple[float, float]:
+    """Relative gain in accuracy of the best setting that takes no more compute than a majority vote of N, and
+    what it took as a share of the vote's. If all take more, it is the cheapest's.
+    """
     majority = next(point for point in _points(found, MAJORITY) if point["setting"] == f"N = {votes}")
-    ours = theirs = 0.0
+    ours, theirs = np.zeros(2), np.zeros(2)
     for choose, test in _halves(found):
         limit = majority["compute"][choose].mean()
         settings = _points(found, "utility")
@@ -239,9 +248,10 @@ def at_votes(found: dict[str, Any], votes: int) -> float:
             picked = max(able, key=lambda point: point["accuracy"][choose].mean())
         else:
             picked = min(settings, key=lambda point: point["compute"][choose].mean())
-        ours += picked["accuracy"][test].sum()
-        theirs += majority["accuracy"][test].sum()
-    return float(ours / theirs - 1)
+        ours += [picked[name][test].sum() for name in ("accuracy", "compute")]
+        theirs += [majority[name][test].sum() for name in ("accuracy", "compute")]
+    accuracy, compute = ours / theirs
+    return float(accuracy - 1), float(compute)
 
 
 def effort_ratio(found: dict[str, Any]) -> float:

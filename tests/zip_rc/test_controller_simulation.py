@@ -76,7 +76,8 @@ def test_compute_grows_with_difficulty(found):
 def test_claims_from_tables(found):
     table, _ = found
     claims = simulation.pareto_claims([table, table])
-    assert [claim["holds"] for claim in claims if "majority" in claim["name"]] == [True] * 3
+    # None of these few prices is high enough for the compute of two samples.
+    assert [claim["holds"] for claim in claims if "majority" in claim["name"]] == [False, True, True]
     assert len(simulation.pareto_arms([table])) == len(table["points"])
 
 
@@ -116,10 +117,39 @@ def test_settings_are_chosen_on_the_other_half():
             point("utility, α = 1", "β = 2", wrong),
         ],
     }  # fmt: skip
-    assert simulation.at_votes(found, 2) == -1.0
+    assert simulation.at_votes(found, 2) == (-1.0, 1.0)
     ratio, differences, latency = simulation.at_best_of(found)
     assert (ratio, latency) == (1.0, 1.0)
     assert differences.tolist() == [-1.0] * 8
     worse = simulation.not_worse("accuracy", [differences, differences])
     assert (worse["measured"], worse["interval"], worse["holds"]) == (-1.0, [-1.0, -1.0], False)
     assert simulation.not_worse("accuracy", [np.array([0.0, -0.5, 0.5, 0.1])])["holds"]
+
+
+def test_a_gain_that_was_paid_for_is_no_claim():
+    """All settings take four times the vote's compute, and none is as accurate as best of two."""
+
+    def point(family, setting, accuracy, compute):
+        columns = {"accuracy": accuracy, "compute": compute, "latency": 1.0}
+        return {
+            "family": family,
+            "setting": setting,
+            **{name: [value] * 8 for name, value in columns.items()},
+        }
+
+    found = {
+        "problems": list(range(8)),
+        "difficulty": [0.0] * 8,
+        "samples": 2,
+        "points": [
+            point("majority vote", "N = 2", 0.5, 2.0),
+            point("best of N", "N = 2", 0.9, 20.0),
+            point("utility, α = 1", "β = 1", 0.8, 8.0),
+        ],
+    }
+    assert simulation.at_votes(found, 2) == pytest.approx((0.6, 4.0))
+    cheaper, reached, _, gain, _ = simulation.pareto_claims([found])
+    assert (gain["measured"], gain["holds"]) == (0.6, False)
+    assert "4.00 of the vote's compute" in gain["why"]
+    assert (cheaper["measured"], cheaper["holds"], reached["holds"]) == (0.4, False, False)
+    assert cheaper["why"] == "that accuracy is not reached"

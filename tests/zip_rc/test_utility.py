@@ -49,6 +49,10 @@ def test_bounds_of_the_largest():
     means = pmfs @ PAIR.lengths
     values = [expected_max(PAIR.lengths, pmfs[:count]) for count in range(1, 7)]
     assert values == sorted(values)
+    alike = np.tile(pmfs[:1], (8, 1))
+    gains = np.diff([expected_max(PAIR.lengths, alike[:count]) for count in range(1, 9)])
+    assert (gains > 0).all()
+    assert (np.diff(gains) < 0).all()  # every further sample of one forecast adds less
     assert means.max() <= values[-1] <= means.sum()
     points = np.eye(3)[[0, 2, 1]]
     assert expected_max(PAIR.lengths, points) == 12.0
