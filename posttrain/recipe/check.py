@@ -38,7 +38,7 @@ from posttrain.recipe.schema import (
 )
 from posttrain.recipe.soar_plan import soar_problems
 from posttrain.recipe.spelling import did_you_mean
-from posttrain.recipe.zip_rc_plan import forecast_problems, zip_rc_problems
+from posttrain.recipe.zip_rc_plan import forecast_problems, sft_problems, zip_rc_problems
 
 Finding = tuple[str, str]
 """Key and sentence."""
@@ -81,6 +81,7 @@ def find_problems(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
             continue
         if isinstance(stage, SftStage):
             yield from _sft(recipe, stage, key)
+            yield from sft_problems(recipe, stage, key)
         elif isinstance(stage, PolicyStage):
             yield from _policy(recipe, stage, key)
         elif isinstance(stage, EvaluateStage):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from posttrain.recipe.pareto_schema import FORECAST_METRICS
-from posttrain.recipe.schema import EvaluateStage, Recipe, ZipRcStage
+from posttrain.recipe.schema import EvaluateStage, Recipe, SftStage, ZipRcStage
 from posttrain.recipe.spelling import did_you_mean
 
 
@@ -26,8 +26,7 @@ def forecast_problems(recipe: Recipe, stage: EvaluateStage, key: str) -> Iterato
     asked = [metric for metric in stage.metrics if metric in FORECAST_METRICS]
     if not asked:
         return
-    before = recipe.stages[: [spec.config for spec in recipe.stages].index(stage)]
-    if not any(spec.kind == "zip_rc" for spec in before) and _foresees(recipe.model.path) is False:
+    if not _forecasters(recipe, stage) and _foresees(recipe.model.path) is False:
         yield (
             f"{key}.metrics",
             f"{asked[0]} needs a model that forecasts: put a stage zip_rc before this one.",
@@ -37,6 +36,21 @@ def forecast_problems(recipe: Recipe, stage: EvaluateStage, key: str) -> Iterato
     if recipe.rollout.engine != "transformers" and (stage.top_p < 1 or stage.top_k):
         text = f"{asked[0]} cannot be measured with top_p or top_k on engine {recipe.rollout.engine}."
         yield f"{key}.metrics", text
+
+
+def sft_problems(recipe: Recipe, stage: SftStage, key: str) -> Iterator[tuple[str, str]]:
+    """Keys and sentences about a model with forecasts, whose slice supervised fine-tuning would train."""
+    before = _forecasters(recipe, stage)
+    if before:
+        yield key, f"comes after stage {before[0]}, but normalises over its slice: train forecasts last."
+    elif _foresees(recipe.model.path):
+        yield key, f"normalises over the slice of the forecasts of {recipe.model.path}: train forecasts last."
+
+
+def _forecasters(recipe: Recipe, stage: EvaluateStage | SftStage) -> list[str]:
+    """Names of the stages before this one that train forecasts."""
+    before = recipe.stages[: [spec.config for spec in recipe.stages].index(stage)]
+    return [spec.config.name for spec in before if spec.kind == "zip_rc"]
 
 
 def _foresees(path: str) -> bool | None:
@@ -63,8 +77,3 @@ def zip_rc_problems(recipe: Recipe, stage: ZipRcStage, key: str) -> Iterator[tup
         yield "tools", f"stage {stage.name} cannot give its model tools."
     if recipe.model.lora is not None and stage.variant == "full":
         yield f"{key}.variant", "full trains all weights, and model.lora asks for an adapter: take lite."
-    after = recipe.stages[[spec.config for spec in recipe.stages].index(stage) + 1 :]
-    for later in after:
-        if later.kind == "sft":
-            text = f"comes after stage {stage.name}, but normalises over its slice: train forecasts last."
-            yield f"stages[{[spec.config for spec in recipe.stages].index(later.config)}].sft", text

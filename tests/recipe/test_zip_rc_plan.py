@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from posttrain.errors import RecipeError
+from posttrain.recipe.check import require_runnable
 from posttrain.recipe.load import load_recipe
 from posttrain.recipe.model_info import read_model_info
 from posttrain.recipe.plan import Plan, format_plan, make_plan
@@ -64,3 +67,15 @@ def test_defaults_follow_the_variant() -> None:
     assert own.optimizer.betas == (0.9, 0.95)
     assert ZipRcStage().cells == 56
     assert ZipRcStage(label="outcome", length_edges=[0, 4, 8]).cells == 4
+
+
+def test_a_model_with_forecasts_is_not_fine_tuned() -> None:
+    """Supervised fine-tuning normalises over the slice, whichever run trained it."""
+    Path("sft.yaml").write_text(RECIPE.replace("zip_rc: {batch_size: 64}", "sft: {}"))
+    require_runnable(load_recipe("sft.yaml"))
+    config = Path("model/config.json")
+    grid = {"first_id": 200, "reward_values": [0, 1], "length_edges": [0, 8]}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "zip_rc": grid}))
+    with pytest.raises(RecipeError, match="normalises over the slice of the forecasts of model: train"):
+        require_runnable(load_recipe("sft.yaml"))
+    require_runnable(load_recipe("try.yaml"))
