@@ -209,6 +209,11 @@ class Amft(Method):
 
     # --- what it is worth ------------------------------------------------------------------------------
 
+    @property
+    def compares(self) -> bool:
+        """Whether the meta-gradient moves mu."""
+        return self.config.learns
+
     def compare(self, batch: RolloutBatch, context: StepContext) -> Comparison | None:
         """In a step that is measured: the gradient of the held-out reward, by its answers' advantages."""
         if not self.measures(context.step):

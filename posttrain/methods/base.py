@@ -167,6 +167,11 @@ class Method:
         """Supervised terms of this step's loss."""
         return []
 
+    @property
+    def compares(self) -> bool:
+        """Whether `compare` asks for anything in some step: not every model allows it."""
+        return False
+
     def compare(self, batch: RolloutBatch, context: StepContext) -> Comparison | None:
         """A gradient to compare those of this step with; None on all ranks or on none."""
         return None

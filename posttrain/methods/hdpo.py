@@ -158,10 +158,15 @@ class Hdpo(Method):
         self._advantages, self._weight = _by_id(chosen, advantages[kept]), config.weight
         return [Channel(EFFICIENCY, self._advantages, config.weight)]
 
+    @property
+    def compares(self) -> bool:
+        """Whether the channels' gradients are compared now and then."""
+        return self.config.weight != 0 and self.config.compare_gradients is not None
+
     def compare(self, batch: RolloutBatch, context: StepContext) -> Comparison | None:
         """The gradient of the efficiency channel's loss at ratio 1, where that is asked for."""
         every, own = self.config.compare_gradients, self._advantages
-        if self.config.weight == 0 or every is None or context.step % every:
+        if not self.compares or every is None or context.step % every:
             return None
         lengths = {r.id: r.completion.sampled_tokens for r in batch if r.id in own}
         counted = context.gather((len(lengths), sum(lengths.values())))

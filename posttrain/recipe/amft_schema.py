@@ -15,8 +15,8 @@ class HeldOut(Section):
     """The held-out utility: mean reward of the policy's answers to prompts that nothing is trained on."""
 
     data: DataSource
-    """Prompts with what the stage's rewards need, disjoint from the stage's own and from the evaluations':
-    the weight is fitted on them."""
+    """Prompts with what the stage's rewards need, disjoint from the stage's own, from the demonstrations' and
+    from the evaluations': the weight is fitted on them."""
     prompts: int = Field(default=16, ge=1)
     """Of one measurement, over all devices."""
     group_size: int = Field(default=8, ge=2)

@@ -55,12 +55,12 @@ def cut(
 
 
 def asked(
-    methods: Sequence[Method], batch: RolloutBatch, contexts: Sequence[StepContext], policy: Any
+    methods: Sequence[Method], batch: RolloutBatch, contexts: Sequence[StepContext]
 ) -> GradientComparison | None:
     """The comparison that a method asks for in this step.
 
     Raises:
-        TrainingError: two methods ask for one, or the model does not allow it.
+        TrainingError: two methods ask for one.
     """
     found: GradientComparison | None = None
     for method, context in zip(methods, contexts, strict=False):
@@ -68,14 +68,18 @@ def asked(
         if comparison is not None and found is not None:
             raise TrainingError(f"{found.method.name} and {method.name} both compare gradients in one step")
         if comparison is not None:
-            require_affordable(policy)
             found = GradientComparison(comparison, method, context, batch)
     return found
 
 
-def require_affordable(policy: Any) -> None:
-    """Raises TrainingError where every rank would hold the gradient of weights that were split to fit."""
-    if splits_weights() and all(parameter.requires_grad for parameter in policy.parameters()):
+def require_affordable(policy: Any, methods: Sequence[Method]) -> None:
+    """Refuse methods with which every rank would hold the gradient of weights that were split to fit.
+
+    Raises:
+        TrainingError: a method compares gradients, and all weights of the policy are split and trained.
+    """
+    wanted = any(method.compares for method in methods)
+    if wanted and splits_weights() and all(parameter.requires_grad for parameter in policy.parameters()):
         raise TrainingError(
             "comparing gradients needs those of all trainable weights on every rank: with FSDP or ZeRO-3 "
             "train an adapter (model.lora), or use DDP or ZeRO-2"

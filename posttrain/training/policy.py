@@ -40,7 +40,7 @@ from posttrain.training.forward import (
     prepare_model,
     verify_packing,
 )
-from posttrain.training.gradients import GradientComparison, asked, cut
+from posttrain.training.gradients import GradientComparison, asked, cut, require_affordable
 from posttrain.training.health import (
     MISMATCH,
     WeightsWatch,
@@ -112,6 +112,7 @@ class PolicyTrainer(Trainer):
         self.on_rollouts = on_rollouts
         self.on_log = on_log
         prepare_model(self.policy)
+        require_affordable(self.policy, methods)
         self.packing: Packing | None = None
         self.watch = WeightsWatch(self.policy)
         self.totals = Tally()
@@ -181,7 +182,7 @@ class PolicyTrainer(Trainer):
 
         channels = self._channels(collected.batch, contexts)
         terms = [t for m, context in zip(self.methods, contexts, strict=False) for t in m.auxiliary(context)]
-        self._comparison = asked(self.methods, collected.batch, contexts, self.policy)
+        self._comparison = asked(self.methods, collected.batch, contexts)
         if self.stage.mask_truncated:
             collected.drop([r for r in collected.batch if r.truncated], lambda _: "truncated")
         rows = [row for rollout in collected.batch if (row := rollout_row(rollout, channels)) is not None]

@@ -15,13 +15,14 @@ from reproductions.amft_table import ARMS, CHECKPOINTS, slopes, train
 
 from posttrain.data.demonstrations import demonstration_ids
 from posttrain.data.sources import load_examples
-from posttrain.errors import DataError
+from posttrain.errors import DataError, TrainingError
 from posttrain.methods.amft import Amft, share, surprisal
 from posttrain.methods.base import Channel, Compared, StepContext, load_methods
 from posttrain.recipe.amft_schema import AmftConfig, problems
 from posttrain.recipe.schema import ModelConfig, PolicyStage, Recipe
 from posttrain.rollout.build import load_model
 from posttrain.rollout.types import Completion, Example, Rollout, RolloutBatch, RolloutRequest, Sampling
+from posttrain.training import gradients
 from posttrain.training.prompts import PromptOrder
 
 TERMS = {"min_terms": 2, "max_terms": 2, "max_term": 9}
@@ -334,6 +335,13 @@ def test_a_held_out_prompt_must_not_be_demonstrated():
         method(held_out=same).auxiliary(own)
     assert len(method().auxiliary(own)[0].rows) == 5
     assert len(method(held_out=same, schedule={0: 0.5}).auxiliary(own)[0].rows) == 5  # nothing is fitted
+
+
+def test_split_weights_are_refused_before_anything_is_trained(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(gradients, "splits_weights", lambda: True)
+    with pytest.raises(TrainingError, match=r"train an adapter \(model.lora\)"):
+        make_trainer(model_folder, tmp_path, methods=[method(warmup_steps=50)])
+    make_trainer(model_folder, tmp_path, methods=[method(schedule={0: 0.5})])  # compares nothing
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,11 @@ class Checked(Hdpo):
         super().compared(result, context)
 
 
+def test_the_trainer_knows_whether_gradients_will_be_compared():
+    changes = ({}, {"compare_gradients": 2}, {"compare_gradients": 2, "weight": 0.0})
+    assert [Hdpo(Config(**change)).compares for change in changes] == [False, True, False]
+
+
 @pytest.mark.parametrize(("kind", "combine"), [("grpo", "loss"), ("dapo", "loss"), ("dapo", "advantage")])
 def test_gradients_of_the_channels_are_compared_now_and_then(folder, tmp_path, differing, kind, combine):
     method = Checked(Config(threshold=0.4, weight=0.7, combine=combine, compare_gradients=2))
