@@ -82,11 +82,6 @@ class Grid:
         values = self.rewards
         return (float(values[0]), *((values[1:] + values[:-1]) / 2).tolist(), float(values[-1]))
 
-    @property
-    def length_values(self) -> tuple[float, ...]:
-        """[L] what each length bin stands for: its midpoint."""
-        return tuple(self.lengths.tolist())
-
     @cached_property
     def rewards(self) -> Array:
         """[R] `reward_values` as an array."""
@@ -94,7 +89,7 @@ class Grid:
 
     @cached_property
     def lengths(self) -> Array:
-        """[L] `length_values` as an array."""
+        """[L] what each length bin stands for: its midpoint."""
         edges = np.array(self.length_edges, dtype=np.float64)
         return (edges[1:] + edges[:-1]) / 2
 

@@ -32,7 +32,7 @@ def test_cells_and_token_ids():
     assert QWEN.size == 56
     assert QWEN.ids[6 * 8 + 2] == 151719
     assert QWEN.ids[-1] == 151724
-    assert QWEN.length_values == (128, 384, 768, 1536, 3072, 6144, 12288, 24576)
+    assert QWEN.lengths.tolist() == [128, 384, 768, 1536, 3072, 6144, 12288, 24576]
     assert np.allclose(QWEN.reward_edges, [0, 1 / 12, 3 / 12, 5 / 12, 7 / 12, 9 / 12, 11 / 12, 1])
     assert QWEN.cells([0.95, 1.0], [600, 40000]).tolist() == [6 * 8 + 2, 6 * 8 + 7]
 
