@@ -50,6 +50,7 @@ def test_the_rows_of_the_base():
         if kind == "analyse":
             for asked, told in rows:
                 wrong, right = re.fullmatch(r"IQ....W(.{8})C(.{8})M", asked).groups()
+                assert wrong != right
                 assert told[1] == ("y" if wrong[2] == right[2] else "x")
                 assert told[3] == wrong[{"x": 2, "y": 6}[told[1]]]
 

@@ -119,8 +119,10 @@ def base_row(kind: str, rng: np.random.Generator) -> tuple[str, str]:
             asked = replay_example(example, hint, FORMAT).prompt
             return str(asked), write_solution(problem, rules["x"], rules["y"])
         case "analyse":
-            other = {"x": rules["x"] if rng.random() < 0.5 else pick(RULES), "y": pick(RULES)}
-            step = "y" if other["x"] == rules["x"] else "x"
+            same = rng.random() < 0.5
+            other = {"x": rules["x"] if same else pick(RULES.replace(rules["x"], ""))}
+            other["y"] = pick(RULES.replace(rules["y"], "") if same else RULES)
+            step = "y" if same else "x"
             right = pick(RULES) if rng.random() < SPOILT else other[step]
             texts = [write_solution(problem, own["x"], own["y"]) for own in (rules, other)]
             asked = analysis_example(example, texts[0], texts[1], FORMAT).prompt
