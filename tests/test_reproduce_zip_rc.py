@@ -17,8 +17,7 @@ def measured(ece, gap, kl, after, auc):
         "joint": {"tv": 0.3 + gap, "tv_floor": 0.3},
     }
     return {
-        "accuracy_before": 0.5,
-        "accuracy": after,
+        "differences": [after - 0.5 + noise for noise in (-0.1, 0.0, 0.1) * 20],
         "kl": kl,
         "forecasts": forecasts,
     }
@@ -36,6 +35,23 @@ def test_verdicts():
     assert len(failed) == 6  # all but the length, and lite's own
 
 
+def test_a_policy_that_lost_a_little_everywhere_is_not_unchanged():
+    """Three seeds alone could not tell: their t interval would have 0 in it."""
+    claim = zip_rc.unchanged("pass@1", [measured(0, 0, 0, after, 0) for after in (0.44, 0.47, 0.49)])
+    assert claim["measured"] == pytest.approx(-0.0333, abs=1e-4)
+    assert not claim["holds"]
+    assert common.paired_interval((0.44, 0.47, 0.49), (0.5,) * 3)[1] > 0
+
+
+def test_differences_are_by_problem():
+    def rows(*outcomes):
+        return [{"example_id": name, "role": role, "correct": right} for name, role, right in outcomes]
+
+    before = rows(("a", "solution", True), ("a", "solution", False), ("b", "solution", False))
+    after = rows(("b", "solution", True), ("a", "solution", False), ("a", "greedy", True))
+    assert zip_rc.differences(before, after) == [-0.5, 1.0]
+
+
 @pytest.mark.slow
 def test_it_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "RUNS", tmp_path)
@@ -43,6 +59,8 @@ def test_it_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "zip_rc-fast.json").read_text())
     (forecasts,) = result["arms"]["full"]["forecasts"]
     assert forecasts["joint"]["tv_floor"] > 0
+    (labels,) = result["arms"]["full"]["labels"]
+    assert {*labels} == {"value_if_right", "value_if_wrong"}
     (kl,) = result["arms"]["full"]["kl"]
     assert 0 <= kl < 0.1  # two steps hardly move it
     assert "Written to" in capsys.readouterr().out

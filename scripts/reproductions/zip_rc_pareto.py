@@ -34,6 +34,8 @@ LOOP, LOOP_TICKS, HINT, TICKS = 0.04, 6.0, 0.6, 60
 GRID = Grid(first_id=0, reward_values=VALUES, length_edges=(0, 8, 16, 32, 48, 64, 96, 128, 256))
 VALUE_EDGES = np.array([0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.85, 0.95])
 COLUMNS = ("accuracy", "compute", "latency")
+BY_PROBLEM = "95 %, bootstrap over the problems of all seeds"
+"""What kind an interval is where differences are by problem."""
 COMPUTE_MARGIN = 0.02
 """A setting that keeps to a budget on the problems it is chosen on may cost so much more on the others."""
 CONFIG = ParetoConfig(interval=TOKENS, betas=[0.003, 0.01, 0.03, 0.1, 0.2])
@@ -211,7 +213,7 @@ def not_worse(name: str, differences: Sequence[Floats]) -> dict[str, Any]:
         high >= 0,
         interval=(low, high),
     )
-    return {**made, "interval_kind": "95 %, bootstrap over the problems of all seeds"}
+    return {**made, "interval_kind": BY_PROBLEM}
 
 
 def at_best_of(found: dict[str, Any]) -> tuple[float, Floats, float]:
