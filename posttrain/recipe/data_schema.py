@@ -16,6 +16,8 @@ TaskName = Literal[
     "search",
     "calculator",
     "string_machine",
+    "error_analysis",
+    "error_replay",
     "meta_arithmetic",
     "meta_largest",
     "meta_counting",

@@ -22,7 +22,12 @@ from posttrain.errors import RecipeError, RewardError
 if TYPE_CHECKING:
     from posttrain.recipe.schema import RewardModelConfig, RewardSpec
 
-BUILTIN_MODULES = ("posttrain.rewards.builtin", "posttrain.rewards.http", "posttrain.rewards.judge")
+BUILTIN_MODULES = (
+    "posttrain.rewards.builtin",
+    "posttrain.rewards.http",
+    "posttrain.rewards.judge",
+    "posttrain.soar.graded",
+)
 """Those that register posttrain's own rewards; they import nothing heavy."""
 MODEL_MODULE = "posttrain.rewards.model_reward"
 ENTRY_POINT_GROUP = "posttrain.rewards"

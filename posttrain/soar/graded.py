@@ -1,6 +1,6 @@
 r"""The reward of SOAR's students, as a recipe lists it:
 
-rewards: [{name: graded, use: "posttrain.soar.graded:GradedAnswer"}]
+rewards: [{name: graded, use: soar_graded}]
 """
 
 from __future__ import annotations

@@ -28,13 +28,14 @@ def test_known_rewards():
         "math_answer",
         "numeric_match",
         "reasoning_gym",
+        "soar_graded",
     ]
     assert known["length_penalty"].range == (-1.0, 0.0)
     for info in known.values():
         assert info.doc
         assert info.range or info.name == "http"  # that of a server is an argument
         assert info.version != "0"
-        assert info.origin.startswith("posttrain.rewards.")
+        assert info.origin.startswith("posttrain.")
 
 
 def test_listing_and_locating_import_nothing_heavy():
