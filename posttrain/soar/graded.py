@@ -11,7 +11,10 @@ from posttrain.rewards.registry import reward
 from posttrain.rollout.types import Completion, Example
 
 
-@reward("soar_graded", version="1", timeout=5.0)
+RIGHT, CONTAINED, BOXED = 120.0, 20.0, 10.0
+
+
+@reward("soar_graded", version="1", timeout=5.0, range=(0.0, RIGHT))
 class GradedAnswer:
     r"""120 for a right answer in a box, 20 for a box that has the reference answer in it, 10 for a box, else
     0.
@@ -21,13 +24,11 @@ class GradedAnswer:
     Right is what `math_answer` calls right.
     """
 
-    def __init__(self, correct: float = 120.0, contained: float = 20.0, boxed: float = 10.0):
-        self._tiers = correct, contained, boxed
+    def __init__(self) -> None:
         self._verify = MathAnswer()
 
     def __call__(self, completion: Completion, example: Example) -> float | None:
         """One of the tiers, None without an answer to compare with."""
-        correct, contained, boxed = self._tiers
         verified = self._verify(completion, example)
         if verified is None or example.answer is None:
             return None
@@ -35,9 +36,9 @@ class GradedAnswer:
         if content is None:
             return 0.0
         if verified:
-            return correct
+            return RIGHT
         reference = extract_answer(example.answer) or example.answer
-        return contained if _squeezed(reference) in _squeezed(content) else boxed
+        return CONTAINED if _squeezed(reference) in _squeezed(content) else BOXED
 
 
 def _squeezed(text: str) -> str:
