@@ -10,7 +10,6 @@ from posttrain.rewards.builtin import MathAnswer
 from posttrain.rewards.registry import reward
 from posttrain.rollout.types import Completion, Example
 
-
 RIGHT, CONTAINED, BOXED = 120.0, 20.0, 10.0
 
 
