@@ -13,10 +13,10 @@ from typing import Any
 
 from reproductions.common import ROOT, claim, metric, paired_interval, run, summary
 
-SEEDS = (3, 4, 5)
-"""Settings were chosen on seed 10; 0 to 2 were measured with earlier ones."""
+SEEDS = (6, 7, 8)
+"""Settings were chosen on seed 10 and other pairs; 0 to 5 were measured with earlier settings."""
 RECIPE = ROOT / "recipes" / "tiny" / "reward_model.yaml"
-SHORT = 150
+SHORT = 200
 FAST = (
     "stages[0].annotate_preferences.members=1",
     "stages[0].annotate_preferences.max_steps=1",
