@@ -35,7 +35,7 @@ from posttrain.methods.base import Channel, Method, RolloutPlan, StepContext
 from posttrain.recipe.data_schema import Section
 from posttrain.recipe.mrt_schema import ProbeConfig
 from posttrain.rollout.probes import PROBE, Cut, MetaProver, success
-from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, derive_seed
+from posttrain.rollout.types import Fork, Rollout, RolloutBatch, RolloutRequest, derive_seed
 from posttrain.training.advantages import BatchStats, Floats
 from posttrain.training.progress import (
     baseline_advantages,
@@ -77,11 +77,13 @@ class MRTConfig(Section):
 
 @dataclass(frozen=True)
 class Trace:
-    """A stored trace: the step it was sampled at, its thinking's tokens, and the lengths of its prefixes."""
+    """A stored trace: the step it was sampled at, its thinking's tokens, the lengths of its prefixes, and
+    the rollout it is of."""
 
     step: int
     token_ids: list[int]
     prefixes: list[int]
+    rollout: str
 
 
 class MRT(Method):
@@ -167,7 +169,9 @@ class MRT(Method):
         for rollout in batch:
             bounds = prover.thinking(rollout).bounds
             tokens = list(rollout.completion.token_ids[: bounds[-1]])
-            self.traces[rollout.request.example.id] = Trace(context.step, tokens, list(bounds[:-1]))
+            self.traces[rollout.request.example.id] = Trace(
+                context.step, tokens, list(bounds[:-1]), rollout.id
+            )
         context.log("trace_tokens", sum(len(rollout.completion.token_ids) for rollout in batch))
 
     def _from_prefix(
@@ -190,6 +194,7 @@ class MRT(Method):
             prompt_ids=request.prompt_ids + prefix,
             given=request.given + prover.decode([list(prefix)])[0],
             sampling=replace(sampling, max_tokens=sampling.max_tokens - length),
+            fork=Fork(trace.rollout, length),
         )
         together = self.config.mode == "implicit_group"
         count = sampling.n // 2 if together else self.config.probes.branches

@@ -97,6 +97,8 @@ class Progress:
         def show(step: int, steps: int, metrics: dict[str, Any]) -> None:
             if self._bar is not None and task is not None:
                 self._bar.update(task, completed=step, total=steps)
+            if "rollouts" in metrics:
+                return
             if "phase" in metrics:
                 self.say(f"   {metrics['phase']} …")
             else:

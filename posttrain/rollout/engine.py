@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from posttrain.errors import RolloutError
-from posttrain.rollout.types import Completion, Rollout, RolloutRequest, Sampling, derive_seed
+from posttrain.rollout.types import Completion, Fork, Rollout, RolloutRequest, Sampling, derive_seed
 
 
 class RolloutEngine(Protocol):
@@ -112,6 +112,7 @@ def fork_requests(
             request,
             prompt_ids=request.prompt_ids + tokens[:cut] + suffix,
             sampling=replace(sampling, n=n, seed=derive_seed(sampling.seed, rollout.id, cut)),
+            fork=Fork(rollout.id, cut),
         )
         for cut in cuts
     ]

@@ -66,12 +66,21 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Fork:
+    """Where a continued rollout leaves the one it continues: after `at` tokens of `parent`'s completion."""
+
+    parent: str
+    at: int
+
+
+@dataclass(frozen=True)
 class RolloutRequest:
     """A tokenised prompt to be completed `sampling.n` times.
 
     `group` is the key over which advantages are normalised; `role` says what the completions are for
     ("solution" unless a method asks for something else). `given` is the text of the answer's beginning where
-    the prompt ends with one, as when a rollout is continued: rewards read it before the completion.
+    the prompt ends with one, as when a rollout is continued: rewards read it before the completion. `fork`
+    says which rollout that beginning is of.
     """
 
     prompt_ids: tuple[int, ...]
@@ -80,6 +89,7 @@ class RolloutRequest:
     sampling: Sampling
     role: str = "solution"
     given: str = ""
+    fork: Fork | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,8 @@ class Rollout:
     `rewards` holds one value per reward function: a number, or None where the reward does not apply or
     could not be computed; in the second case `reward_errors` says why. `reward_versions` has the version and
     code hash of each that was asked. `reward` is the weighted sum, None while the rollout is unscored.
-    Methods may write into `info`.
+    Methods may write into `info`. `redraw` is 0, or for a rollout that another has replaced, because it could
+    not be scored, the number of that replacement.
     """
 
     request: RolloutRequest
@@ -160,11 +171,13 @@ class Rollout:
     reward_versions: dict[str, str] = field(default_factory=dict)
     reward: float | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    redraw: int = 0
 
     @property
     def id(self) -> str:
         """Stable name of this rollout within its step."""
-        return f"{self.request.group}/{self.request.role}/{self.index}"
+        name = f"{self.request.group}/{self.request.role}/{self.index}"
+        return f"{name}/drawn-{self.redraw}" if self.redraw else name
 
     @property
     def truncated(self) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -14,6 +14,7 @@ from posttrain.methods.base import load_methods
 from posttrain.recipe.schema import PolicyStage
 from posttrain.rewards.shared import SharedEngine
 from posttrain.rollout.build import build_engine, load_tokenizer
+from posttrain.rollout.tokens import decode_texts
 from posttrain.rollout.tools_engine import prompts_of, with_tools
 from posttrain.rollout.tools_format import ToolFormat
 from posttrain.rollout.types import Example
@@ -22,9 +23,12 @@ from posttrain.training.arguments import optimizer_arguments
 from posttrain.training.collect import Collector
 from posttrain.training.distributed import splits_weights
 from posttrain.training.load import compute_dtype, load_policy, load_reference
-from posttrain.training.policy import PolicyTrainer, StepRecord
+from posttrain.training.policy import PolicyTrainer
 from posttrain.training.prompts import PromptOrder
-from posttrain.training.record import rollout_rows, write_rollouts
+from posttrain.training.provenance import StepRecord, glimpses, step_rows, supervised_records
+from posttrain.training.record import write_rollouts
+
+Decode = Callable[[list[list[int]]], list[str]]
 
 VERIFY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Mean absolute log-prob difference in nats; rounding alone gives 1e-6 in float32, about 0.01 in bfloat16."""
@@ -83,7 +87,9 @@ def run(stage: PolicyStage, context: StageContext) -> StageResult:
                 seed=recipe.seed,
                 verify_tolerance=stage.verify_tolerance or VERIFY_TOLERANCE[dtype],
                 bad_batches=context.run_dir / "bad_batches" / context.name,
-                on_rollouts=lambda record: _write(record, stage, context, formatted),
+                on_rollouts=lambda record: _write(
+                    record, stage, context, formatted, partial(decode_texts, tokenizer)
+                ),
                 on_log=context.log_step,
             )
             try:
@@ -124,36 +130,23 @@ def _fitting(
 
 
 def _write(
-    record: StepRecord, stage: PolicyStage, context: StageContext, formatted: Prompts | ToolFormat
+    record: StepRecord,
+    stage: PolicyStage,
+    context: StageContext,
+    formatted: Prompts | ToolFormat,
+    decode: Decode,
 ) -> None:
-    """Write the rollouts of a step to the run folder; every rank writes its own part."""
+    """Show some rollouts of a step, and write all to the run folder; every rank writes its own part."""
+    examples = {rollout.request.example.id: rollout.request.example for rollout in record.rollouts}
+    prompt_text = {key: formatted.render(example) for key, example in examples.items()}
+    context.show(record.step - 1, stage.steps * stage.updates_per_batch, glimpses(record, prompt_text))
     batch = (record.step - 1) // stage.updates_per_batch
     if not stage.log_rollouts or batch % stage.log_rollouts:
         return
-    collected = record.collected
-    rollouts = [*collected.batch, *collected.dropped]
-    if not rollouts:  # a method may plan a step without any
-        return
-    advantages = {
-        channel.name: {
-            rollout.id: _per_token(channel.advantages[rollout.id], len(rollout.completion.token_ids))
-            for rollout in rollouts
-            if rollout.id in channel.advantages
-        }
-        for channel in record.channels
-    }
-    dropped = {rollout.id: f"dropped: {collected.reasons[rollout.id]}" for rollout in collected.dropped}
-    examples = {rollout.request.example.id: rollout.request.example for rollout in rollouts}
-    rows = rollout_rows(
-        rollouts,
-        step=record.step,
-        prompt_text={key: formatted.render(example) for key, example in examples.items()},
-        status={rollout.id: dropped.get(rollout.id, "trained") for rollout in rollouts},
-        advantages=advantages,
-    )
     part = "" if context.world == 1 else f"-{context.rank}"
-    write_rollouts(Path(context.folder("rollouts")) / f"step-{record.step:06d}{part}.parquet", rows)
-
-
-def _per_token(value: float | Sequence[float], length: int) -> list[float]:
-    return [float(value)] * length if isinstance(value, int | float) else [float(v) for v in value]
+    name = f"{record.step:06d}{part}.parquet"
+    # A method may plan a step without any rollouts, and most steps have no supervised texts.
+    if rows := step_rows(record, prompt_text):
+        write_rollouts(context.folder("rollouts") / f"step-{name}", rows)
+    if rows := supervised_records(record, decode, context.rank):
+        write_rollouts(context.folder("rollouts") / f"supervised-{name}", rows)

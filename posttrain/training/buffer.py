@@ -123,6 +123,7 @@ class PendingBatch:
             "tally": self.tally.state(),
             "batch": _dump(collected.batch.rollouts),
             "dropped": _dump(collected.dropped),
+            "redrawn": _dump(collected.redrawn),
             "reasons": collected.reasons,
             "seconds": collected.seconds,
             "counts": collected.counts,
@@ -138,6 +139,7 @@ class PendingBatch:
             Collected(
                 RolloutBatch(_ROLLOUTS.validate_python(state["batch"])),
                 _ROLLOUTS.validate_python(state["dropped"]),
+                _ROLLOUTS.validate_python(state["redrawn"]),
                 state["reasons"],
                 state["seconds"],
                 state["counts"],

@@ -43,12 +43,13 @@ SOLUTION = "solution"
 class Collected:
     """Everything one step sampled.
 
-    `batch` is what may be trained on; `dropped` are the rollouts left out, with the reason by rollout id.
-    `seconds` are by phase.
+    `batch` is what may be trained on; `dropped` are the rollouts left out, with the reason by rollout id;
+    `redrawn` those that could not be scored and were drawn again. `seconds` are by phase.
     """
 
     batch: RolloutBatch
     dropped: list[Rollout] = field(default_factory=list)
+    redrawn: list[Rollout] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
@@ -174,10 +175,12 @@ class Collector:
                 break
             again = self._draw_again(failed, redraw, collected)
             self.score(again, collected, step)
-            for old in failed:
-                collected.reasons[f"{old.id}/drawn-{redraw}"] = unscored_reason(old)
             replaced = {rollout.id: rollout for rollout in again}
             batch = RolloutBatch([replaced.get(rollout.id, rollout) for rollout in batch])
+            for old in failed:
+                old.redraw = redraw
+                collected.reasons[old.id] = unscored_reason(old)
+            collected.redrawn += failed
         failed = [rollout for rollout in batch if rollout.reward is None]
         if len(failed) == len(batch) and failed:
             raise TrainingError(

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +51,12 @@ from posttrain.training.health import (
 )
 from posttrain.training.losses import Denominators, Stats, merge_stats
 from posttrain.training.objective import member_counts, objective
+from posttrain.training.provenance import StepRecord
 from posttrain.training.tally import Tally
 
 logger = logging.getLogger(__name__)
 
 OUTCOME = "outcome"
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What a step leaves for the run folder."""
-
-    step: int
-    collected: Collected
-    channels: list[Channel]
 
 
 class PolicyTrainer(Trainer):
@@ -200,7 +191,7 @@ class PolicyTrainer(Trainer):
         )
         self._fill_logprobs(model, batch)
         rollout_metrics(tally, collected, rows)
-        self.on_rollouts(StepRecord(step * self.stage.updates_per_batch + 1, collected, channels))
+        self.on_rollouts(StepRecord(step * self.stage.updates_per_batch + 1, collected, channels, terms))
         return batch
 
     def _sample(self, step: int, sampler: ThreadPoolExecutor | None = None) -> PendingBatch:

@@ -124,11 +124,13 @@ def rollout_rows(
     prompt_text: Mapping[str, str],
     status: Mapping[str, str] | None = None,
     advantages: Mapping[str, Mapping[str, list[float]]] | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """One flat record per rollout.
 
-    `prompt_text` maps example ids to rendered prompts, `status` maps rollout ids to "trained" or
-    "dropped: why", `advantages` maps channel names to advantages per completion token by rollout id.
+    `prompt_text` maps example ids to rendered prompts, `status` maps rollout ids to "trained" or why they
+    were not, `advantages` maps channel names to advantages per completion token by rollout id, `weights` to
+    the channels' weights in the loss.
     """
     rows = []
     for rollout in rollouts:
@@ -142,6 +144,10 @@ def rollout_rows(
             "role": request.role,
             "index": rollout.index,
             "seed": request.sampling.seed,
+            "temperature": float(request.sampling.temperature),
+            "max_tokens": request.sampling.max_tokens,
+            "parent": None if request.fork is None else request.fork.parent,
+            "forked_at": None if request.fork is None else request.fork.at,
             "prompt": prompt_text[request.example.id] + request.given,
             "completion": completion.text,
             "answer": request.example.answer,
@@ -161,6 +167,9 @@ def rollout_rows(
             row["status"] = status[rollout.id]
         for channel, by_rollout in (advantages or {}).items():
             row[f"advantage/{channel}"] = by_rollout.get(rollout.id)
+        if weights is not None:
+            own = {name: weight for name, weight in weights.items() if row[f"advantage/{name}"] is not None}
+            row["channel_weights"] = json.dumps(own)
         rows.append(row)
     return rows
 
@@ -172,7 +181,8 @@ def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
 
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
-    types = {"reward": pa.float64(), "loss_mask": pa.list_(pa.int8()), "answer": pa.string()}
+    types = {"reward": pa.float64(), "loss_mask": pa.list_(pa.int8()), "forked_at": pa.int64()}
+    types |= dict.fromkeys(("answer", "parent", "source"), pa.string())
     arrays = {
         name: pa.array(values, type=types.get(name) or (pa.float64() if name.startswith("reward/") else None))
         for name, values in columns.items()
@@ -184,6 +194,6 @@ def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def remove_rollouts(folder: Path, step: int) -> None:
     """Delete the rollout files of steps after `step`, which are about to be sampled again."""
-    for path in folder.glob("step-*.parquet"):
+    for path in [*folder.glob("step-*.parquet"), *folder.glob("supervised-*.parquet")]:
         if int(path.stem.split("-")[1]) > step:
             path.unlink()

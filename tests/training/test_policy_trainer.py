@@ -184,6 +184,7 @@ def test_unscored_rollouts_are_drawn_again_with_other_seeds(model_folder, tmp_pa
         assert len(record.collected.batch) == 12
         assert not record.collected.dropped
         assert sum("/drawn-1" in name for name in record.collected.reasons) == 3
+        assert {rollout.id for rollout in record.collected.redrawn} == record.collected.reasons.keys()
     assert log[0]["rewards/unscored"] == pytest.approx(3 / 15)
 
 
