@@ -5,6 +5,9 @@ import math
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
 
 from posttrain.evaluation.metrics import estimate
 from posttrain.evaluation.samples import group_by_problem, problem_values
@@ -207,3 +210,51 @@ def write_run(run: Path, steps=6, problems=40, samples=4, prompts=4, group_size=
     }
     (run / "summary.json").write_text(json.dumps(summary))
     return run
+
+
+FORKED = "05-policy"
+
+
+def write_forks(run):
+    """A further stage of one step: a group with forks and two channels, a sample drawn again, a learned text,
+    and the run's tokenizer, in which a token is a character."""
+    rng = np.random.default_rng(3)
+    rows = [rollout(rng, step=1, problem=7, index=index, skill=index % 2) for index in range(3)]
+    for row in rows:
+        size = len(row["completion_ids"])
+        row |= {"parent": None, "forked_at": None, "temperature": 1.0, "max_tokens": 96, "status": "trained"}
+        row["advantage/outcome"] = [row["reward"] - 0.5] * size
+        row["advantage/progress"] = [0.25 * (place > size // 2) for place in range(size)]
+        row["channel_weights"] = json.dumps({"outcome": 1.0, "progress": 0.5})
+        row["reward_versions"] = json.dumps({"math_answer": "1@0c5d", "format": "2@77aa"})
+        del row["correct"]
+    first = rows[0]
+    for index, cut in enumerate((8, 8, 20)):
+        forced = {
+            "rollout_id": f"{first['rollout_id']}@{cut}/probe/{index % 2}",
+            "role": "probe",
+            "index": index % 2,
+        }
+        forced |= {"parent": first["rollout_id"], "forked_at": cut, "max_tokens": 8, "channel_weights": "{}"}
+        forced |= {"prompt_ids": first["prompt_ids"] + first["completion_ids"][:cut], "reward": float(index)}
+        forced |= {"prompt": first["prompt"] + first["completion"][:cut], "completion": f"#### {index}"}
+        forced |= {"completion_ids": [ord(c) for c in f"#### {index}"], "logprobs": [-0.1] * 6}
+        forced |= {"status": "unused: in no channel of the loss", "group": f"{first['rollout_id']}@{cut}"}
+        rows.append({**first, **forced, "advantage/outcome": None, "advantage/progress": None})
+    again = {
+        "rollout_id": rows[1]["rollout_id"] + "/drawn-1",
+        "status": "dropped: unscored: math_answer: timeout",
+    }
+    again |= {"reward": None, "advantage/outcome": None, "advantage/progress": None, "channel_weights": "{}"}
+    rows.append({**rows[1], **again, "reward_errors": json.dumps({"math_answer": "timeout"})})
+    write_rollouts(run / "rollouts" / FORKED / "step-000001.parquet", rows)
+    learned = {key: rows[1][key] for key in ("prompt", "completion", "prompt_ids", "completion_ids")}
+    learned |= {"step": 1, "rollout_id": "experience/1.0.0", "term": "experience", "weight": 0.5}
+    learned |= {"token_weight": 0.125, "source": rows[1]["rollout_id"]}
+    write_rollouts(run / "rollouts" / FORKED / "supervised-000001.parquet", [learned])
+    model = Tokenizer(BPE({chr(i): i for i in range(128)}, []))
+    model.decoder = Fuse()
+    folder = run / "models" / FORKED
+    folder.mkdir(parents=True)
+    model.save(str(folder / "tokenizer.json"))
+    return rows

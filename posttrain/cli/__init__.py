@@ -25,7 +25,8 @@ COMMANDS = {
     "resume": "go on with a run that was stopped or killed",
     "evaluate": "run a recipe's evaluate stages on a model",
     "generate": "sample completions of a model",
-    "report": "write the HTML report of a run",
+    "report": "write the HTML report of a run, or compare two",
+    "rollouts": "list the rollouts of a run, or show where one comes from",
     "rewards": "list the reward functions, try one before a run, score rollouts again",
     "recipes": "list, show or copy the recipes that come with posttrain",
 }

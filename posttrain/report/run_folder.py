@@ -33,7 +33,10 @@ class Series:
 
 @dataclass
 class Stage:
-    """What is known of one stage: seconds by phase, metrics by name, a rollout file of every rank by step."""
+    """What is known of one stage: seconds by phase, metrics by name, files of every rank by step.
+
+    `supervised` are the files of texts that a policy stage trains on beside its rollouts.
+    """
 
     name: str
     kind: str
@@ -41,6 +44,7 @@ class Stage:
     phases: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, Series] = field(default_factory=dict)
     rollouts: dict[int, list[Path]] = field(default_factory=dict)
+    supervised: dict[int, list[Path]] = field(default_factory=dict)
     samples: Path | None = None
 
     @property
@@ -164,7 +168,8 @@ def _stages(path: Path, summary: Mapping[str, Any], lines: list[dict[str, Any]])
         kind = "evaluate" if (folder / "samples.parquet").is_file() else "policy"
         stage = stages.setdefault(folder.name, Stage(folder.name, kind))
         stage.samples = folder / "samples.parquet" if (folder / "samples.parquet").is_file() else None
-        stage.rollouts = _rollout_files(folder)
+        stage.rollouts = _files_by_step(folder, "step")
+        stage.supervised = _files_by_step(folder, "supervised")
     for stage in stages.values():
         stage.metrics = _series([line for line in lines if line["stage"] == stage.name])
     late = sorted(
@@ -173,10 +178,10 @@ def _stages(path: Path, summary: Mapping[str, Any], lines: list[dict[str, Any]])
     return [stages[name] for name in stages if name in known] + late
 
 
-def _rollout_files(folder: Path) -> dict[int, list[Path]]:
+def _files_by_step(folder: Path, kind: str) -> dict[int, list[Path]]:
     files: dict[int, list[Path]] = {}
-    for path in sorted(folder.glob("step-*.parquet")):
-        if match := re.fullmatch(r"step-(\d+)(-\d+)?", path.stem):
+    for path in sorted(folder.glob(f"{kind}-*.parquet")):
+        if match := re.fullmatch(rf"{kind}-(\d+)(-\d+)?", path.stem):
             files.setdefault(int(match[1]), []).append(path)
     return dict(sorted(files.items()))
 
