@@ -1,0 +1,1 @@
+"""From a TRL GRPO configuration to a recipe: `posttrain init --from-trl`."""
