@@ -12,11 +12,13 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from posttrain.errors import PosttrainError, RecipeError, Stopped
 from posttrain.recipe.spelling import did_you_mean
+from posttrain.redaction import redact
 
 COMMANDS = {
     "init": "write a starter recipe",
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except PosttrainError as error:
-        print(error, file=sys.stderr)
+        print(redact(str(error)), file=sys.stderr)
         return error.exit_code
     except Stopped as stopped:
         if str(stopped):
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (`head`, a pager) has gone; Python must not complain when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:  # a defect of ours or of the user's code; the interpreter would print it as it is
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        return 1
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from posttrain.recipe.nodes import COMMAND_LINE, Node, Problem, Unreadable, key_path, read_text
 from posttrain.recipe.problems import looks_secret
+from posttrain.redaction import secret_in
 
 _KEY = re.compile(r"[A-Za-z0-9_@-]+(\[[0-9]+\])*(\.[A-Za-z0-9_@-]+(\[[0-9]+\])*)*\Z")
 
@@ -22,7 +23,8 @@ def apply_overrides(root: Node, overrides: Sequence[str]) -> tuple[Node, list[Pr
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not _KEY.match(key):
-            shown = "an argument that looks like a secret" if looks_secret(override) else repr(override)
+            secret = looks_secret(override) or secret_in(override) is not None
+            shown = "an argument that looks like a secret" if secret else repr(override)
             problems.append(
                 Problem(COMMAND_LINE, "", f"an override is written key.path=value; found {shown}.")
             )

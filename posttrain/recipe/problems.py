@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -11,14 +12,18 @@ from pydantic_core import ErrorDetails
 from posttrain.recipe.fields import annotation_at, choices_of, explain_unknown
 from posttrain.recipe.nodes import Node, Origin, Problem, key_path
 from posttrain.recipe.spelling import did_you_mean
+from posttrain.redaction import secrets_in
 
 _SECRET_KEY = re.compile(
-    r"(^|[_-])(api_?key|pass(word|wd|phrase)|secrets?|(access|private|secret)_?key|credentials?"
-    r"|(hf|hub|auth|access|api|bearer|wandb)_token)$|^token$",
+    r"(^|[_-])(api[_-]?key|pass(word|wd|phrase)|secrets?|(access|private|secret|subscription)[_-]?key"
+    r"|credentials?|authorization|cookie|(hf|hub|auth|access|api|bearer|wandb)[_-]token)$|^token$",
     re.IGNORECASE,
 )
 _SECRET_VALUE = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|\bAKIA[A-Z0-9]{12,}|://[^/\s:@]+:[^/\s@]+@"
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|\bAKIA[A-Z0-9]{12,}"
+    r"|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bglpat-[A-Za-z0-9_-]{16,}|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}"
+    r"|PRIVATE KEY-----|\b(Bearer|Basic) [A-Za-z0-9+/=._~-]{12,}|://[^/\s:@]*:[^/\s@]+@"
+    r"|[?&](api[_-]?key|key|token|access_token|sig|signature|secret|password)=[^&\s]{8,}"
 )
 _KINDS = {
     "int": "a whole number",
@@ -46,13 +51,20 @@ def looks_secret(text: str) -> bool:
 def find_secrets(root: Node) -> list[Problem]:
     """Values that must come from the environment. Their text is never shown."""
     problems = []
+    known = secrets_in(os.environ)
     for path, node in root.walk():
         if not path or node.value is None or isinstance(node.value, dict | list):
             continue
         name = next((part for part in reversed(path) if isinstance(part, str)), "")
-        if _SECRET_KEY.search(name) or (isinstance(node.value, str) and looks_secret(node.value)):
+        value = node.value if isinstance(node.value, str) else ""
+        variable = next((variable for secret, variable in known.items() if secret in value), None)
+        if variable is not None:
+            text = f"holds the value of the environment variable {variable}. A recipe must not: take it out."
+        elif _SECRET_KEY.search(name) or looks_secret(value):
             text = "looks like a secret. Take it out and set it as an environment variable instead."
-            problems.append(Problem(node.key_origin, key_path(path), text))
+        else:
+            continue
+        problems.append(Problem(node.key_origin, key_path(path), text))
     return problems
 
 

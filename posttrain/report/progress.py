@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from posttrain.errors import Stopped
+from posttrain.redaction import redact
 
 HEALTH = (
     ("loss", "loss", "{:.4f}"),
@@ -81,9 +82,10 @@ class Progress:
             self._file.close()
 
     def say(self, text: str) -> None:
-        """One line on the terminal and in the log."""
+        """One line on the terminal and in the log, without secrets."""
         if not self.enabled or self._file is None:
             return
+        text = redact(text)
         self.console.print(text, markup=False)
         self._file.write(text + "\n")
         self._file.flush()

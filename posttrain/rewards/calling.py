@@ -22,6 +22,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from posttrain.errors import PosttrainError, RecipeError, RewardError, RewardUnavailable
+from posttrain.redaction import redact
 from posttrain.rewards.counts import counting
 from posttrain.rewards.registry import (
     BUILTIN_MODULES,
@@ -185,13 +186,13 @@ def timeout_outcome(seconds: float) -> Outcome:
 def _failure(error: BaseException) -> Outcome:
     """The outcome of a sample whose reward raised."""
     if isinstance(error, RewardUnavailable):
-        return Outcome(None, "unavailable", _one_line(str(error)))
+        return Outcome(None, "unavailable", _one_line(redact(str(error))))
     return Outcome(None, "exception", describe(error))
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line with the place it comes from, whatever its `__str__` does."""
-    text = _one_line("".join(traceback.format_exception_only(error)))
+    """An exception in one line with the place it comes from, whatever its `__str__` does; without secrets."""
+    text = _one_line(redact("".join(traceback.format_exception_only(error))))
     frames = traceback.extract_tb(error.__traceback__)
     return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
 

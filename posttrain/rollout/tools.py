@@ -18,6 +18,7 @@ from pydantic import ValidationError, validate_call
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.methods.base import load_attribute
 from posttrain.recipe.tools_schema import ToolsConfig, ToolSpec
+from posttrain.redaction import redact
 from posttrain.rollout.environment import Environment, Tool, ToolBox
 from posttrain.rollout.tools_builtin import BUILTIN
 
@@ -126,8 +127,8 @@ def _validated(tool: Tool) -> Callable[..., Any]:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line; of our own the text alone."""
-    text = " ".join(str(error).split())
+    """An exception in one line, without secrets; of our own the text alone."""
+    text = redact(" ".join(str(error).split()))
     if isinstance(error, PosttrainError | ValueError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

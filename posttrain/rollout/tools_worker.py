@@ -18,6 +18,7 @@ from typing import Any
 from posttrain.errors import PosttrainError, RolloutError
 from posttrain.killable import confine
 from posttrain.recipe.tools_schema import ToolsConfig
+from posttrain.redaction import redact
 from posttrain.rollout.environment import Environment
 from posttrain.rollout.tools import (
     MAX_MESSAGE,
@@ -118,7 +119,8 @@ class Conversations:
             outcome = _take(environment, task.action)
         except Exception as error:
             outcome = Outcome(f"Error: {shorten(describe(error), MAX_MESSAGE)}", "exception")
-        return replace(outcome, seconds=time.perf_counter() - started)
+        output = None if outcome.output is None else redact(outcome.output)
+        return replace(outcome, output=output, seconds=time.perf_counter() - started)
 
     def _environment(self, task: Task) -> Environment:
         if not self._keep:

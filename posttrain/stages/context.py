@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from transformers import Trainer
 
 from posttrain.recipe.schema import (
     DataSource,
+    DpoStage,
     ModelConfig,
     PolicyStage,
     Recipe,
@@ -117,7 +119,7 @@ class StageContext:
 
     def checkpointer(
         self,
-        stage: SftStage | PolicyStage | RewardModelStage | ZipRcStage,
+        stage: SftStage | DpoStage | PolicyStage | RewardModelStage | ZipRcStage,
         updates_per_step: int = 1,
         *,
         part: str = "",
@@ -139,6 +141,8 @@ class StageContext:
             rank=self.rank,
         )
         on_first_rank(lambda: self._rewind(checkpointer, before + checkpointer.step))
+        # By itself TensorBoard writes below the Trainer's output folder, which every checkpoint replaces.
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.run_dir / "tensorboard" / self.name / part)
         return checkpointer
 
     def _rewind(self, checkpointer: Checkpointer, step: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from posttrain.errors import TrainingError
+from posttrain.redaction import redact_texts
 from posttrain.rewards.registry import RewardInfo, provenance
 from posttrain.rollout.types import Rollout
 
@@ -53,8 +54,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file as a whole (see `replacing`)."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=jsonable, allow_nan=False)
+    """Write a JSON file as a whole (see `replacing`); texts in it without secrets."""
+    text = json.dumps(redact_texts(content), indent=2, ensure_ascii=False, default=jsonable, allow_nan=False)
     with replacing(path) as file:
         file.write((text + "\n").encode())
 
