@@ -18,12 +18,13 @@ from typing import Any
 
 from reproductions import common
 
+from posttrain.errors import PosttrainError
 from posttrain.training.record import write_json
 
 NAMES = sorted(
     path.stem
     for path in Path(common.__file__).parent.glob("*.py")
-    if path.stem not in ("common", "__init__") and not path.stem.endswith("_world")
+    if path.stem not in ("common", "tiny_models", "__init__") and not path.stem.endswith("_world")
 )
 
 
@@ -38,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reproduction = importlib.import_module(f"reproductions.{options.name}")
     seeds = options.seeds or list(reproduction.SEEDS)
     seeds = seeds[:1] if options.fast else seeds
-    measured = reproduction.measure(seeds, options.fast)
+    try:
+        measured = reproduction.measure(seeds, options.fast)
+    except PosttrainError as error:
+        raise SystemExit(f"{options.name}: {error}") from None
     result = {
         "method": options.name,
         "commit": _git("rev-parse", "HEAD"),

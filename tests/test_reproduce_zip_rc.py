@@ -8,9 +8,19 @@ import pytest
 import reproduce
 from reproductions import common, zip_rc
 
+from posttrain.errors import TrainingError
 
-def measured(ece, gap, kl, after, auc):
-    position = {"rollouts": 100, "ece": ece, "length_mae": 4.0, "length_mae_of_constant": 8.0, "auc": 0.6}
+
+def measured(ece, gap, kl, after, auc, brier=0.1, right=0.9):
+    position = {
+        "rollouts": 100,
+        "ece": ece,
+        "brier": brier,
+        "brier_of_constant": 0.2,
+        "length_mae": 4.0,
+        "length_mae_of_constant": 8.0,
+        "auc": 0.6,
+    }
     forecasts = {
         "positions": [position, {**position, "rollouts": 50, "ece": ece / 2}],
         "end": {"auc": auc},
@@ -19,20 +29,41 @@ def measured(ece, gap, kl, after, auc):
     return {
         "differences": [after - 0.5 + noise for noise in (-0.1, 0.0, 0.1) * 20],
         "kl": kl,
+        "labels": {"value_if_right": right, "value_if_wrong": 0.5},
         "forecasts": forecasts,
     }
 
 
 def test_verdicts():
     good = [measured(0.03, 0.04, 0.004, after, 0.95) for after in (0.49, 0.52, 0.5)]
-    lite = [measured(0.1, 0.2, 0.0, 0.5, 0.7) for _ in range(3)]
+    lite = [measured(0.1, 0.2, 0.0, 0.5, 0.7, brier=0.14) for _ in range(3)]
     claims = zip_rc.calibration_claims({"full": good, "lite": lite})
     assert all(item["holds"] for item in claims)
-    assert claims[1]["measured"] == pytest.approx(0.03 * (100 + 25) / 150)
-    bad = [measured(0.2, 0.2, 0.2, after, 0.5) for after in (0.38, 0.4, 0.39)]
+    assert claims[2]["measured"] == pytest.approx(0.03 * (100 + 25) / 150)
+    assert claims[3]["measured"] == pytest.approx(0.5)
+    bad = [measured(0.2, 0.2, 0.2, after, 0.5, brier=0.19, right=0.7) for after in (0.38, 0.4, 0.39)]
     claims = zip_rc.calibration_claims({"full": bad, "lite": lite})
     failed = [item["name"] for item in claims if not item["holds"]]
-    assert len(failed) == 6  # all but the length, and lite's own
+    assert len(failed) == 9  # all but the length, and that lite's policy is the same
+
+
+def test_the_base_rate_foretold_to_everyone_is_calibrated_and_knows_nothing():
+    constant = measured(0.01, 0.0, 0.0, 0.5, 0.5, brier=0.2)
+    error, skill, last, gain = zip_rc.reward_claims([constant["forecasts"]])
+    assert (error["measured"], skill["measured"]) == (0.0083, 0.0)
+    assert "base rate" in error["why"]
+    assert not any(item["holds"] for item in (error, skill, last, gain))
+    learns_late = {**measured(0.01, 0.0, 0.0, 0.5, 0.65)["forecasts"]}
+    assert [item["holds"] for item in zip_rc.reward_claims([learns_late])] == [True, True, False, False]
+
+
+def test_a_seed_whose_values_tell_nothing_apart_ends_it_with_a_sentence(monkeypatch):
+    def fail(seeds, fast):
+        raise TrainingError("01-zip_rc: it cannot tell them apart")
+
+    monkeypatch.setattr(zip_rc, "measure", fail)
+    with pytest.raises(SystemExit, match=r"^zip_rc: 01-zip_rc: it cannot tell them apart$"):
+        reproduce.main(["zip_rc"])
 
 
 def test_a_policy_that_lost_a_little_everywhere_is_not_unchanged():

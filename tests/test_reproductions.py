@@ -5,6 +5,7 @@ import math
 
 import pytest
 import reproduce
+from helpers import make_tiny_model
 from reproductions import common, hdpo
 
 
@@ -42,6 +43,31 @@ def test_models_at_equal_tokens(tmp_path, monkeypatch):
     short, long = common.at_equal_tokens([tmp_path / "short", tmp_path / "long"])
     assert short == common.Saved(tmp_path / "short" / "models" / "01-train", 240, True)
     assert long == common.Saved(tmp_path / "long" / "checkpoints" / "01-train" / "step-2", 200, False)
+
+
+def test_a_run_is_repeated_when_the_weights_it_started_from_have_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RUNS", tmp_path / "runs")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: a\n"
+        f"model: {{path: {tmp_path / 'model'}}}\n"
+        "data: {eval: {task: arithmetic, size: 1, split: test}}\n"
+        "rollout: {max_tokens: 1}\n"
+        "rewards: [exact_match]\n"
+        "stages: [evaluate: {samples: 1}]\n"
+    )
+    make_tiny_model(tmp_path / "model", seed=0)
+
+    def when():
+        return (common.run(recipe, "kept") / "summary.json").stat().st_mtime_ns
+
+    first = when()
+    assert when() == first
+    make_tiny_model(tmp_path / "model", seed=1)
+    second = when()
+    assert second != first
+    assert when() == second
+    assert "Weights of" in (tmp_path / "runs" / "kept" / "recipe.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from posttrain.recipe.spelling import did_you_mean
 if TYPE_CHECKING:
     from posttrain.rollout.engine import RolloutEngine
     from posttrain.rollout.types import RolloutRequest
+    from posttrain.zip_rc.controller import UtilityPolicy
     from posttrain.zip_rc.grid import Grid
     from posttrain.zip_rc.sampler import AdaptiveAnswer, Progress
 
@@ -25,20 +25,14 @@ MARKS = {"waiting": "·", "running": "●", "paused": "‖", "finished": "✓", 
 PROMPT_WIDTH = 40
 
 
-@dataclass(frozen=True)
-class Utility:
-    """Weights of the sampling utility; the paper's where none are given."""
-
-    alpha: float = 0.1
-    beta: float = 0.01
-
-
-def utility(text: str) -> Utility:
-    """`alpha=0.1,beta=0.01` or a part of it.
+def utility(text: str) -> UtilityPolicy:
+    """`alpha=0.1,beta=0.01` or a part of it; the rest is the paper's.
 
     Raises:
         argparse.ArgumentTypeError: another name, no number, or a weight out of range.
     """
+    from posttrain.zip_rc.controller import UtilityPolicy
+
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -53,7 +47,7 @@ def utility(text: str) -> Utility:
         raise argparse.ArgumentTypeError("alpha should be from 0 to 1")
     if not 0 <= weights.get("beta", 0) < float("inf"):
         raise argparse.ArgumentTypeError("beta should be 0 or more")
-    return Utility(**weights)
+    return UtilityPolicy(**weights)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,12 +101,11 @@ def sample(
     from posttrain.zip_rc.controller import UtilityPolicy
     from posttrain.zip_rc.sampler import AdaptiveSampler
 
-    weights = args.utility or Utility()
     sampler = AdaptiveSampler(
         engine,
         tokenizer,
         grid,
-        policy=UtilityPolicy(weights.alpha, weights.beta),
+        policy=args.utility or UtilityPolicy(),
         interval=args.interval or INTERVAL,
         budget=args.budget,
     )

@@ -6,8 +6,10 @@ The question has up to six operations and four different letters of ten: `r` rot
 the first two, `v` reverses. A solution writes every operation with the state after it, then the last state as
 the answer. In exam mode (`Q`) the demonstrator goes on at every operation with a probability of `persistence`
 and otherwise bails out with four letters at random, so that a problem of k operations is solved with
-persistence^k (and a guess with 1/5040). In worked mode (`W`) it never bails out: the skill is there at every
-length. Questions that begin with `Z` cannot be learnt: their answer is any one of the four letters.
+persistence^k (and a guess with 1/5040). Where it got to the end it may state the last state again, `=adbc`,
+with a probability of `restate` each time and at most four times, so that right solutions differ in length. In
+worked mode (`W`) it never bails out: the skill is there at every length. Questions that begin with `Z` cannot
+be learnt: their answer is any one of the four letters.
 
 In teacher mode the prompt is `T:` and the demonstration a question with its answer in tags,
 `{Qrsv...abcd}rbcdascbdavadbc(adbc)`, with the working between them where the answer is right.
@@ -33,6 +35,8 @@ RIGHT = (0.9, 0.9, 0.7, 0.7, 0.5, 0.5, 0.3)
 """How often the demonstrated teacher's answer to a question of k operations is right."""
 MALFORMED = 0.05
 """Share of the demonstrated proposals that lack something."""
+MOST_RESTATED = 4
+"""Times that an exam's last state is written again."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def string_machine(
     min_operations: int = 0,
     max_operations: int = MAX_OPERATIONS,
     persistence: float = 0.2,
+    restate: float = 0.0,
     trivial: float = 0.3,
     unlearnable: float = 0.15,
 ) -> Problem:
@@ -111,6 +116,7 @@ def string_machine(
         min_operations: of worked and exam questions.
         max_operations: of all.
         persistence: chance that an exam goes on at each operation.
+        restate: chance, each time, that an exam's last state is written again.
         trivial: share of the teacher's questions without any operation.
         unlearnable: share of those, and of the exam questions of `mixed`, whose answer is any letter.
     """
@@ -131,9 +137,12 @@ def string_machine(
         letter = item.start[int(rng.integers(WIDTH))]
         return Problem(write_question(item), letter, f"</think>{letter}")
     went = int(rng.geometric(1 - persistence)) - 1 if persistence < 1 else count
-    answer = item.answer if went >= count else _letters(rng)
-    text = f"{_working(item, went)}</think>{answer}"
-    return Problem(write_question(item), item.answer, text, variant=text if mixed else "")
+    finished = went >= count
+    answer = item.answer if finished else _letters(rng)
+    times = min(int(rng.geometric(1 - restate)) - 1, MOST_RESTATED) if finished and restate else 0
+    text = f"{_working(item, went)}{f'={answer}' * times}</think>{answer}"
+    question, columns = write_question(item), {"operations": str(count)}
+    return Problem(question, item.answer, text, variant=text if mixed else "", columns=columns)
 
 
 def _proposal(rng: np.random.Generator, max_operations: int, trivial: float, unlearnable: float) -> Problem:

@@ -107,11 +107,11 @@ def sampling_floor(distribution: ArrayLike, samples: int) -> float:
 def forecast_quality(grid: Grid, traces: Sequence[ForecastTrace]) -> dict[str, Any]:
     """What an evaluation says about forecasts.
 
-    `positions` are after 0, … tokens, each with `ece`, `brier` and `auc` of the expected reward against the
-    outcome, `length_mae` in tokens beside that of the best constant, and, over all rollouts that are still
-    being written, the total variation of the mean forecast from what came. `end` has the first three for the
-    last position of every rollout. `joint` is for the forecast before the first token: its total variation
-    from the outcomes of the same problem, and the floor of that.
+    `positions` are after 0, … tokens, each with `ece`, `brier` (beside that of the base rate) and `auc` of
+    the expected reward against the outcome, `length_mae` in tokens beside that of the best constant, and,
+    over all rollouts that are still being written, the total variation of the mean forecast from what came.
+    `end` has the first four for the last position of every rollout. `joint` is for the forecast before the
+    first token: its total variation from the outcomes of the same problem, and the floor of that.
     """
     if not traces:
         return {"rollouts": 0}
@@ -160,10 +160,11 @@ def _at(
 
 def _reward_quality(grid: Grid, joint: Array, correct: Sequence[bool]) -> dict[str, float | None]:
     value = expected_reward(grid, joint)
-    quality = ranking_quality(value, correct)
+    quality, share = ranking_quality(value, correct), float(np.mean(correct))
     return {
         "ece": calibration_error(value, correct),
         "brier": brier_score(value, correct),
+        "brier_of_constant": share * (1 - share),
         "auc": None if math.isnan(quality) else quality,
     }
 

@@ -200,14 +200,13 @@ def _soar_memory(stage: SoarStage, recipe: Recipe, info: ModelInfo) -> list[Memo
 
 
 def _forecast_memory(stage: ZipRcStage, recipe: Recipe, info: ModelInfo) -> Memory:
-    """Of the training: all weights in float32, or of them the head alone with optimiser states, and a frozen
-    reference for the KL term.
+    """Of the larger training: all weights in float32, or of them the head alone with optimiser states, and a
+    frozen reference for the KL term.
     """
     weights, tokens = 4 * (info.parameters or 0), stage.micro_batch_tokens
-    lite = stage.variant == "lite"
-    trained = 4 * info.vocabulary * info.hidden if lite else weights
+    trained = weights if stage.trains_all else 4 * info.vocabulary * info.hidden
     parts = {"weights": weights, "gradients": trained, "optimizer": 2 * trained}
-    if stage.kl and not lite:
+    if stage.has_reference:
         parts["reference"] = (info.parameters or 0) * element_bytes(recipe, info)
     parts["activations"] = _activations(tokens, info, recipe, stage.gradient_checkpointing)
     return Memory("update", {**parts, "logits": min(LOGIT_CHUNK_BYTES, 3 * tokens * info.vocabulary * 4)})

@@ -75,5 +75,8 @@ def zip_rc_problems(recipe: Recipe, stage: ZipRcStage, key: str) -> Iterator[tup
         yield f"{key}.correct.reward", text + did_you_mean(wanted, names)
     if recipe.tools is not None:
         yield "tools", f"stage {stage.name} cannot give its model tools."
+    text = "full trains all weights, and model.lora asks for an adapter: take lite."
     if recipe.model.lora is not None and stage.variant == "full":
-        yield f"{key}.variant", "full trains all weights, and model.lora asks for an adapter: take lite."
+        yield f"{key}.variant", text
+    elif recipe.model.lora is not None and stage.trains_all:
+        yield f"{key}.critic.variant", text

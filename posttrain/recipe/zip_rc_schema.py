@@ -17,6 +17,32 @@ FULL_OPTIMIZER: dict[str, Any] = {"learning_rate": 3e-5, "schedule": "cosine", "
 LITE_OPTIMIZER: dict[str, Any] = {**FULL_OPTIMIZER, "learning_rate": 1e-3}
 
 
+class CriticConfig(Section):
+    """The throw-away head that learns right and wrong, and whose values the final one forecasts."""
+
+    variant: Literal["full", "lite"] = "full"
+    """What of it learns. All weights, as in the official code, also where the final head is `lite`: nothing
+    of it is kept but the values. `lite` saves their memory and values answers less well."""
+    kl: float = Field(default=0.0, ge=0.0)
+    """As the stage's, of the `full` one; the official code's 0. With a large learning rate and few rollouts
+    some of it keeps what the model knows about its answers."""
+    optimizer: OptimizerConfig = OptimizerConfig.model_construct(**FULL_OPTIMIZER)
+    """Defaults as the stage's, by its own variant."""
+    separation: float | None = Field(default=None, ge=0.0, le=1.0)
+    """The stage ends with an error if mean values of right and of wrong rollouts are less than this apart: a
+    final head has nothing to learn from labels that do not tell them apart. None does not look."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supervised_defaults(cls, values: Any) -> Any:
+        return _with_optimizer(values)
+
+    @model_validator(mode="after")
+    def _fits(self) -> CriticConfig:
+        _refuse_decay(self)
+        return self
+
+
 class ZipRcStage(Section):
     """Train the model to forecast reward and remaining length at every token of its own rollouts (ZIP-RC,
     Manvi et al., arXiv 2512.01457). The forecasts live in logits of ids that nothing else uses.
@@ -41,6 +67,8 @@ class ZipRcStage(Section):
     the end of a rollout is the label of the final one, in `reward_bins`. That is what an answer will be
     picked by. `outcome`: right and wrong themselves, in one training; forecasts then overrate further
     samples."""
+    critic: CriticConfig = CriticConfig.model_construct()
+    """How the throw-away head is trained, with label `value`."""
     reward_bins: int = Field(default=7, ge=2)
     """Levels from 0 to 1, with label `value`. The official code's 7."""
     length_bins: int = Field(default=8, ge=1)
@@ -83,11 +111,7 @@ class ZipRcStage(Section):
     @model_validator(mode="before")
     @classmethod
     def _supervised_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        given = values.get("optimizer") or {}
-        defaults = LITE_OPTIMIZER if values.get("variant") == "lite" else FULL_OPTIMIZER
-        return {**values, "optimizer": {**defaults, **given}} if isinstance(given, dict) else values
+        return _with_optimizer(values)
 
     @model_validator(mode="after")
     def _fits(self) -> ZipRcStage:
@@ -96,8 +120,7 @@ class ZipRcStage(Section):
             raise ValueError(f"length_edges should ascend from 0, found {edges}")
         if self.cells > MOST_CELLS:
             raise ValueError(f"the grid has {self.cells} cells; vLLM reads at most {MOST_CELLS} at a token")
-        if self.variant == "lite" and self.optimizer.weight_decay:
-            raise ValueError("variant lite leaves the policy as it is: optimizer.weight_decay must be 0")
+        _refuse_decay(self)
         return self
 
     @property
@@ -114,3 +137,29 @@ class ZipRcStage(Section):
     def trainings(self) -> int:
         """How many heads are trained, one after the other."""
         return 2 if self.label == "value" else 1
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained at some time, or never more than the head."""
+        return "full" in (self.variant, self.critic.variant if self.label == "value" else "lite")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a training has a KL term, for which the model before is held beside."""
+        critic = self.critic
+        in_critic = self.label == "value" and critic.variant == "full" and critic.kl > 0
+        return in_critic or (self.variant == "full" and self.kl > 0)
+
+
+def _with_optimizer(values: Any) -> Any:
+    """A section's values with what its variant's optimiser has by default."""
+    if not isinstance(values, dict):
+        return values
+    given = values.get("optimizer") or {}
+    defaults = LITE_OPTIMIZER if values.get("variant") == "lite" else FULL_OPTIMIZER
+    return {**values, "optimizer": {**defaults, **given}} if isinstance(given, dict) else values
+
+
+def _refuse_decay(section: CriticConfig | ZipRcStage) -> None:
+    if section.variant == "lite" and section.optimizer.weight_decay:
+        raise ValueError("variant lite leaves the policy as it is: optimizer.weight_decay must be 0")

@@ -22,8 +22,9 @@ from transformers import AutoConfig, TrainingArguments, set_seed
 
 from posttrain.data.prompts import encode_prompt
 from posttrain.data.sources import load_examples
-from posttrain.errors import DataError
+from posttrain.errors import DataError, TrainingError
 from posttrain.recipe.schema import ModelConfig, ZipRcStage
+from posttrain.recipe.zip_rc_schema import CriticConfig
 from posttrain.rewards.scorer import Scorer
 from posttrain.rewards.shared import SharedEngine
 from posttrain.rollout.build import build_engine, load_model, load_tokenizer
@@ -61,6 +62,7 @@ def run(stage: ZipRcStage, context: StageContext) -> StageResult:
 
     Raises:
         DataError: no rollout was finished and scored.
+        TrainingError: values of right and of wrong answers are not as far apart as they should be.
     """
     traces, counts = _rollouts(stage, context)
     if not traces:
@@ -73,11 +75,12 @@ def run(stage: ZipRcStage, context: StageContext) -> StageResult:
     if stage.label == "value":
         values = _values(stage, context, traces, edges)
         levels = tuple(level / (stage.reward_bins - 1) for level in range(stage.reward_bins))
-        right, wrong = (np.array(values)[np.array(correct) == outcome] for outcome in (1.0, 0.0))
-        summary |= {"value_if_right": _mean(right), "value_if_wrong": _mean(wrong)}
+        right, wrong = (_mean(np.array(values)[np.array(correct) == outcome]) for outcome in (1.0, 0.0))
+        summary |= {"value_if_right": right, "value_if_wrong": wrong}
+        _check_separation(stage, context.name, right, wrong)
     else:
         values, levels = correct, OUTCOMES
-    part = Part("", values, levels, kl=0.0 if stage.variant == "lite" else stage.kl, before=of - steps)
+    part = Part("", values, levels, stage, before=of - steps)
     trainer = _train(stage, context, traces, edges, part)
     summary |= {"steps": of, "cells": trainer.grid.size, "first_id": trainer.grid.first_id}
     sampled = {"tokens/sampled": summary.pop("tokens/sampled")}
@@ -93,6 +96,16 @@ def lengths_of(traces: Sequence[Trace]) -> list[int]:
 
 def _mean(values: Any) -> float | None:
     return float(np.mean(values)) if len(values) else None
+
+
+def _check_separation(stage: ZipRcStage, name: str, right: float | None, wrong: float | None) -> None:
+    least = stage.critic.separation
+    if least is None or right is None or wrong is None or right - wrong >= least:
+        return
+    raise TrainingError(
+        f"{name}: the throw-away head's values of right answers are {right - wrong:.3f} above those of wrong "
+        f"ones on average, less than critic.separation {least:g}: it cannot tell them apart"
+    )
 
 
 # --- rollouts ----------------------------------------------------------------------------------------------
@@ -209,15 +222,25 @@ class Part:
         name: of its folder of checkpoints below the stage's, and of its metrics.
         rewards: the label of every trace, copied to all of its positions.
         levels: reward values of the grid.
-        kl: weight of the KL term.
+        settings: its variant, weight of the KL term and optimiser.
         before: optimiser steps of the trainings before.
     """
 
     name: str
     rewards: Sequence[float]
     levels: Sequence[float]
-    kl: float
+    settings: ZipRcStage | CriticConfig
     before: int
+
+    @property
+    def lite(self) -> bool:
+        """Whether only the head's rows learn."""
+        return self.settings.variant == "lite"
+
+    @property
+    def kl(self) -> float:
+        """Weight of the KL term."""
+        return 0.0 if self.lite else self.settings.kl
 
 
 def _values(
@@ -225,11 +248,12 @@ def _values(
 ) -> list[float]:
     """The value of every trace's answer, by a head that is trained on right and wrong and thrown away.
 
-    As in the official code it is trained without the KL term, on the rollouts that it then values.
+    As in the official code it is trained on the rollouts that it then values.
     """
     path = context.folder("data") / "values.json"
     if not on_first_rank(path.is_file):
-        part = Part(CRITIC, [float(trace.correct) for trace in traces], OUTCOMES, kl=0.0, before=0)
+        correct = [float(trace.correct) for trace in traces]
+        part = Part(CRITIC, correct, OUTCOMES, stage.critic, before=0)
         trainer = _train(stage, context, traces, edges, part)
         rows = [forecast_row(trace.prompt_ids, trace.completion_ids) for trace in traces]
         for row in rows:
@@ -261,7 +285,7 @@ def _train(
         disable_tqdm=True,
         report_to=list(recipe.report_to) or "none",
         remove_unused_columns=False,
-        **optimizer_arguments(stage.optimizer, dtype=compute_dtype(context.model)),
+        **optimizer_arguments(part.settings.optimizer, dtype=compute_dtype(context.model)),
     )
     reference = None
     if part.kl > 0:
@@ -294,7 +318,7 @@ def _train(
             micro_batch_tokens=stage.micro_batch_tokens,
             kl=part.kl,
             kl_top=stage.kl_top,
-            lite=stage.variant == "lite",
+            lite=part.lite,
         ),
         reference=reference,
         seed=recipe.seed,

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from reproductions.tiny_models import blank_model, character_tokenizer
+from transformers import Qwen2Tokenizer
 
 from posttrain.rollout.types import derive_seed
 
@@ -69,15 +70,7 @@ def write_rows(folder: Path) -> dict[str, Path]:
 
 def make_tokenizer() -> Qwen2Tokenizer:
     """One token for a character."""
-    entries = ["<|pad|>", "<|end|>", *string.digits, "+", "="]
-    return Qwen2Tokenizer(
-        vocab={token: index for index, token in enumerate(entries)},
-        merges=[],
-        unk_token="<|pad|>",
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        clean_up_tokenization_spaces=False,
-    )
+    return character_tokenizer(string.digits + "+=")
 
 
 def make_base(folder: Path, seed: int) -> Path:
@@ -85,22 +78,17 @@ def make_base(folder: Path, seed: int) -> Path:
     if (folder / "config.json").is_file():
         return folder
     tokenizer = make_tokenizer()
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=16,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=16,
-            tie_word_embeddings=False,
-            initializer_range=0.08,  # with the usual 0.02 it takes five times as long to learn anything
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    model = blank_model(
+        tokenizer,
+        seed,
+        vocab_size=16,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        tie_word_embeddings=False,
+        initializer_range=0.08,  # with the usual 0.02 it takes five times as long to learn anything
     )
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -10,10 +10,11 @@ A reproduction is a module beside this one with
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ def run(recipe: Path, name: str, overrides: Sequence[str] = (), stages: slice = 
     """The folder of a finished run of a recipe, or of a part of its stages.
 
     A run of this name with the same values that is finished is kept, one that is not is gone on with, and any
-    other is replaced.
+    other is replaced. Values are equal only if the weights are in the folders that they name: their hashes
+    are added to the description of the recipe.
     """
     loaded = load_recipe(recipe, [*overrides, f"name={name}", f"output_dir={RUNS}"])
     part = loaded.recipe.model_copy(update={"stages": loaded.recipe.stages[stages]})
-    loaded = replace(loaded, recipe=part)
+    about = " ".join([part.description, *weights_named(part.model_dump(mode="json"))])
+    loaded = replace(loaded, recipe=part.model_copy(update={"description": about.strip()}))
     folder = RUNS / name
     written = folder / "recipe.yaml"
     if not written.is_file() or written.read_text() != dump_recipe(loaded.recipe):
@@ -48,6 +51,35 @@ def run(recipe: Path, name: str, overrides: Sequence[str] = (), stages: slice = 
     if not RunState.read(folder).finished:
         return resume_run(loaded, folder)
     return folder
+
+
+def weights_named(values: Any) -> list[str]:
+    """What is in the folders with weights among a recipe's values: `Weights of data/model: sha256:0123….`"""
+    found = {text: _weight_files(text) for text in _texts(values)}
+    return [f"Weights of {name}: sha256:{_hash(found[name])}." for name in sorted(found) if found[name]]
+
+
+def _weight_files(text: str) -> list[Path]:
+    try:
+        return sorted(Path(text).glob("*.safetensors"))
+    except (OSError, ValueError):  # a text that cannot be a path
+        return []
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _hash(paths: Sequence[Path]) -> str:
+    """Of files one after the other, cut to 16 digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def summary(folder: Path) -> dict[str, Any]:

@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from reproductions import common
 from reproductions.common import ROOT, claim, paired_interval, run
-from tokenizers import AddedToken
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from reproductions.tiny_models import blank_model, character_tokenizer
+from transformers import Qwen2Tokenizer
 
 from posttrain.data.self_predictions import Prediction, write_prediction
 from posttrain.evaluation.self_predictions import questions, self_assessment
@@ -148,20 +148,8 @@ def problems(count: int, digits: Sequence[int], *seed: object) -> list[Example]:
 
 def make_tokenizer() -> Qwen2Tokenizer:
     """Characters, and one token for each notion and each fixed piece of a self-prediction."""
-    byte_level = {" ": "Ġ"}
     characters = string.digits + string.ascii_letters + string.punctuation + " "
-    entries = ["<|pad|>", "<|end|>", *(byte_level.get(c, c) for c in characters)]
-    tokenizer = Qwen2Tokenizer(
-        vocab={token: index for index, token in enumerate(entries)},
-        merges=[],
-        unk_token="<|pad|>",
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        clean_up_tokenization_spaces=False,
-    )
-    pieces = [*NOTIONS, *JSON_PIECES, ANSWER, CHECK, "assess "]
-    tokenizer.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in pieces])
-    return tokenizer
+    return character_tokenizer(characters, [*NOTIONS, *JSON_PIECES, ANSWER, CHECK, "assess "])
 
 
 def make_base(folder: Path, fast: bool) -> Path:
@@ -169,24 +157,8 @@ def make_base(folder: Path, fast: bool) -> Path:
     if (folder / "config.json").is_file():
         return folder
     tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=128,
-            hidden_size=128,
-            intermediate_size=288,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    shape = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 288, "num_hidden_layers": 3}
+    model = blank_model(tokenizer, **shape, num_attention_heads=2, max_position_embeddings=256)
     stage = SftStage(
         max_steps=4 if fast else BASE_STEPS,
         batch_size=48,

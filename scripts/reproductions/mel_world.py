@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from reproductions.tiny_models import blank_model, character_tokenizer
 from torch.nn import functional
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import Qwen2Tokenizer
 
 from posttrain.data.experiences import analysis_example, query_example, replay_example
 from posttrain.recipe.mel_schema import ExperienceFormat
@@ -135,38 +136,14 @@ def base_row(kind: str, rng: np.random.Generator) -> tuple[str, str]:
 
 def make_tokenizer() -> Qwen2Tokenizer:
     """One token for each character that the world is written in."""
-    characters = "01234" + CATEGORIES + RULES + STEPS + "QIWCMPKH"
-    return Qwen2Tokenizer(
-        vocab={token: index for index, token in enumerate(["<|pad|>", "<|end|>", *characters])},
-        merges=[],
-        unk_token="<|pad|>",
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        clean_up_tokenization_spaces=False,
-    )
+    return character_tokenizer("01234" + CATEGORIES + RULES + STEPS + "QIWCMPKH")
 
 
 def make_base(folder: Path, fast: bool) -> None:
     """Train the base from scratch on four kinds of rows, and save it."""
     tokenizer, rng = make_tokenizer(), np.random.default_rng(derive_seed("mel", "base"))
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=32,
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    shape = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    model = blank_model(tokenizer, **shape, num_attention_heads=2, max_position_embeddings=64)
     steps = 3 if fast else BASE_STEPS
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(

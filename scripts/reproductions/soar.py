@@ -28,7 +28,7 @@ import torch
 from reproductions import common
 from reproductions.common import ROOT, claim, model_of, run, summary
 from reproductions.pages.soar import page
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from reproductions.tiny_models import save_blank
 
 from posttrain.data.sources import load_examples
 from posttrain.data.string_machine import Item, is_right, read_question
@@ -51,7 +51,6 @@ PROCESSES = 2
 RECIPE = ROOT / "recipes" / "tiny" / "soar.yaml"
 BASE, TRAINING = slice(0, 4), slice(4, 5)
 """Stages of the recipe: base model, hard subset and its evaluation; then SOAR."""
-WIDTH, LAYERS, HEADS = 64, 3, 2
 KS = (1, 4, 8, 32)
 FRESH_QUESTIONS, FRESH_STEPS = 64, 20
 LAST = 5
@@ -166,28 +165,7 @@ def do(job: Job) -> Measured:
 
 def base_model(job: Job) -> Measured:
     """Train the base model, find its hard subset, check the gates."""
-    blank = job.runs / f"{job.name}-untrained"
-    if not (blank / "config.json").is_file():
-        tokenizer = load_tokenizer(ModelConfig(path=str(ROOT / "data" / "tiny-reasoner")))
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=256,
-            hidden_size=WIDTH,
-            intermediate_size=3 * WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            initializer_range=0.1,  # the default, 0.02, is for widths of a thousand
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = Qwen2ForCausalLM(config)
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.save_pretrained(blank)
-        tokenizer.save_pretrained(blank)
+    blank = save_blank(job.runs / f"{job.name}-untrained")
     overrides = [f"model.path={blank}", *(FAST if job.fast else ())]
     if job.fast:  # whatever the model happens to know
         overrides += ["stages[2].hard_subset.correct.threshold=2"]

@@ -1,8 +1,10 @@
 """ZIP-RC on recipes/tiny/zip_rc.yaml: are its forecasts calibrated, is the policy what it was, what is saved?
 
-Every seed trains a warm start of its own and then, from it, the full variant, the lite one, and a head on
-plain outcomes instead of values. Held-out problems are answered before and after; forecasts are compared with
-64 fresh rollouts of each of a hundred problems. What adaptive sampling makes of them is in `zip_rc_pareto`.
+Every seed trains a base of its own from nothing, with less width than the tiny reasoner, and then, from it,
+the full variant, the lite one, and a head on plain outcomes instead of values. Held-out problems are answered
+before and after; forecasts are compared with 64 fresh rollouts of each of a hundred problems. A seed whose
+throw-away head cannot tell right from wrong ends the reproduction with a sentence, before the long part. What
+adaptive sampling makes of exact forecasts is in `zip_rc_pareto`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from reproductions import common
 from reproductions.common import ROOT, claim, model_of, run, summary
+from reproductions.tiny_models import save_blank
 from reproductions.zip_rc_pareto import BY_PROBLEM, pareto_arms, pareto_claims
 
 from posttrain.evaluation.metrics import bootstrap_interval
@@ -35,29 +38,37 @@ SEEDS = (0, 1, 2)
 PROCESSES = 2
 """Runs at a time; each computes in one thread."""
 RECIPE = ROOT / "recipes" / "tiny" / "zip_rc.yaml"
-WARM_START, TRAINING = slice(0, 2), slice(2, None)
+WARM_START, TRAINING = slice(0, 3), slice(3, None)
 """Stages of the recipe: up to the evaluation before, and from there on."""
 FAST = (
-    "stages[0].sft.max_steps=2",
-    "stages[0].sft.batch_size=8",
-    "stages[0].sft.data.size=64",
+    # Short exams alone, of which a few dozen steps make completions that end.
+    "stages[0].sft.max_steps=1",
+    "stages[0].sft.batch_size=4",
+    "stages[0].sft.data.size=16",
+    "stages[1].sft.max_steps=60",
+    "stages[1].sft.batch_size=16",
+    "stages[1].sft.data.size=960",
     "data.train.size=24",
     "data.eval.size=6",
     "rollout.max_tokens=40",
 )
 FAST_TRAINING = (
-    "stages[2].zip_rc.max_steps=2",
-    "stages[2].zip_rc.batch_size=8",
-    "stages[3].evaluate.samples=3",
-    "stages[3].evaluate.metrics=[pass@1,greedy,mean_length,pareto]",
-    "stages[3].evaluate.pareto.betas=[0.03]",
-    "stages[4].evaluate.data.size=4",
-    "stages[4].evaluate.samples=8",
+    "stages[3].zip_rc.correct.threshold=0",
+    "stages[3].zip_rc.critic.separation=null",
+    "stages[3].zip_rc.max_steps=2",
+    "stages[3].zip_rc.batch_size=8",
+    "stages[4].evaluate.samples=3",
+    "stages[4].evaluate.metrics=[pass@1,greedy,mean_length,pareto]",
+    "stages[4].evaluate.pareto.betas=[0.03]",
+    "stages[5].evaluate.data.size=4",
+    "stages[5].evaluate.samples=8",
 )
 COSTS = ("tokens_sampled", "seconds")
 UNREPORTED = ("pareto", "differences", *COSTS)
 """What is measured by problem, or stands elsewhere in the results."""
 TV_MARGIN, ECE_LIMIT, KL_LIMIT = 0.05, 0.05, 0.01
+SEPARATION, AUC_LEAST, AUC_GAIN, SKILL_LEAST = 0.3, 0.8, 0.1, 0.2
+"""What a predictor that knows nothing, or learns nothing on the way, does not reach."""
 
 Measured = dict[str, Any]
 
@@ -121,11 +132,12 @@ def do(job: Job) -> Measured:
         torch.set_num_threads(1)
         overrides = [f"seed={job.seed}", *(FAST if job.fast else ())]
         if job.arm is None:
-            run(RECIPE, job.name, overrides, WARM_START)
+            blank = save_blank(job.runs / f"{job.name}-untrained", job.seed)
+            run(RECIPE, job.name, [*overrides, f"model.path={blank}"], WARM_START)
             return {}
         start = job.runs / Job(job.seed, job.fast).name
         overrides += [f"model.path={model_of(start)}", *(FAST_TRAINING if job.fast else ())]
-        overrides += [f"stages[2].zip_rc.{option}" for option in job.arm.options]
+        overrides += [f"stages[3].zip_rc.{option}" for option in job.arm.options]
         return measure_run(start, run(RECIPE, job.name, overrides, TRAINING))
 
 
@@ -198,46 +210,74 @@ def policy_kl(start: Path, model: Path, stage: str, rollouts: int = 256) -> floa
     return total / tokens
 
 
-def mean_ece(forecasts: Mapping[str, Any]) -> float:
-    """Calibration error of the reward, the mean over positions by how many rollouts are at each."""
+def mean_over_positions(forecasts: Mapping[str, Any], key: str) -> float:
+    """The mean of a measure over positions, by how many rollouts are at each."""
     positions = forecasts["positions"]
-    weights = [position["rollouts"] for position in positions]
-    return sum(w * position["ece"] for w, position in zip(weights, positions, strict=True)) / sum(weights)
+    total = sum(position["rollouts"] for position in positions)
+    return sum(position["rollouts"] * position[key] for position in positions) / total
+
+
+def share_of_constant(forecasts: Mapping[str, Any], key: str) -> float:
+    """An error over positions as a share of that of the best constant at each."""
+    return mean_over_positions(forecasts, key) / mean_over_positions(forecasts, f"{key}_of_constant")
 
 
 def calibration_claims(table: Mapping[str, Sequence[Measured]]) -> list[dict[str, Any]]:
     """Claims about forecasts and policy; those on arms that were not trained are left out."""
     full = table[FULL.name]
     forecasts = [row["forecasts"] for row in full]
-    gaps = [found["joint"]["tv"] - found["joint"]["tv_floor"] for found in forecasts]
-    errors = [mean_ece(found) for found in forecasts]
-    divergences = [row["kl"] for row in full]
     mean = statistics.mean
+    apart = [row["labels"]["value_if_right"] - row["labels"]["value_if_wrong"] for row in full]
+    gaps = [found["joint"]["tv"] - found["joint"]["tv_floor"] for found in forecasts]
+    divergences = [row["kl"] for row in full]
     claims = [
+        claim("values of right answers minus wrong ones", f">= {SEPARATION}", apart,
+              min(apart) >= SEPARATION),
         claim("total variation at the start above its sampling floor", f"<= {TV_MARGIN}", gaps,
               mean(gaps) <= TV_MARGIN),
-        claim("calibration error of the reward, mean over positions", f"<= {ECE_LIMIT}", errors,
-              mean(errors) <= ECE_LIMIT),
+        *reward_claims(forecasts),
         claim("KL of the policy, nats per token", f"<= {KL_LIMIT}", divergences,
               mean(divergences) <= KL_LIMIT),
         unchanged("pass@1 after minus before, full", full),
     ]  # fmt: skip
-    late = [_auc(found["end"]) - _auc(found["positions"][0]) for found in forecasts]
-    claims.append(claim("AUC of the reward, last position minus first", "> 0", late, min(late) > 0))
-    shares = [_length_share(found) for found in forecasts]
+    shares = [share_of_constant(found, "length_mae") for found in forecasts]
     claims.append(
         claim("error of remaining length, share of the best constant's", "< 1", shares, max(shares) < 1)
     )
-    if LITE.name in table:
-        lite = table[LITE.name]
-        moved = [row["kl"] for row in lite]
-        claims.append(claim("KL of the policy, lite", "0", moved, max(moved) == 0))
-        better = [
-            _auc(ours["forecasts"]["end"]) - _auc(theirs["forecasts"]["end"])
-            for ours, theirs in zip(full, lite, strict=True)
-        ]
-        claims.append(claim("AUC at the end, full minus lite", "> 0", better, min(better) > 0))
-    return claims
+    return claims + (lite_claims(full, table[LITE.name]) if LITE.name in table else [])
+
+
+def reward_claims(forecasts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Claims about the forecast of the reward. A constant is calibrated, too, and knows nothing."""
+    errors = [mean_over_positions(found, "ece") for found in forecasts]
+    skills = [1 - share_of_constant(found, "brier") for found in forecasts]
+    last = [_auc(found["end"]) for found in forecasts]
+    gains = [end - _auc(found["positions"][0]) for end, found in zip(last, forecasts, strict=True)]
+    knows = min(skills) >= SKILL_LEAST
+    calibrated = statistics.mean(errors) <= ECE_LIMIT and knows
+    return [
+        claim("calibration error of the reward, mean over positions",
+              f"<= {ECE_LIMIT}, of forecasts that know more than the base rate", errors, calibrated,
+              why=None if knows else "forecasts are hardly better than the base rate"),
+        claim("Brier skill of the reward over the base rate, mean over positions", f">= {SKILL_LEAST}",
+              skills, knows),
+        claim("AUC of the reward at the last position", f">= {AUC_LEAST}", last, min(last) >= AUC_LEAST),
+        claim("AUC of the reward, last position minus first", f">= {AUC_GAIN}", gains,
+              min(gains) >= AUC_GAIN),
+    ]  # fmt: skip
+
+
+def lite_claims(full: Sequence[Measured], lite: Sequence[Measured]) -> list[dict[str, Any]]:
+    """The policy of the lite variant is the same; its forecasts are worse."""
+    moved = [row["kl"] for row in lite]
+    better = [
+        share_of_constant(theirs["forecasts"], "brier") - share_of_constant(ours["forecasts"], "brier")
+        for ours, theirs in zip(full, lite, strict=True)
+    ]
+    return [
+        claim("KL of the policy, lite", "0", moved, max(moved) == 0),
+        claim("Brier skill of the reward, full minus lite", "> 0", better, min(better) > 0),
+    ]
 
 
 def report(table: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
@@ -269,9 +309,3 @@ def unchanged(name: str, rows: Sequence[Measured]) -> dict[str, Any]:
 def _auc(quality: Mapping[str, Any]) -> float:
     """NaN where there were not both right and wrong answers."""
     return math.nan if quality["auc"] is None else float(quality["auc"])
-
-
-def _length_share(forecasts: Mapping[str, Any]) -> float:
-    positions = forecasts["positions"]
-    ours = sum(position["rollouts"] * position["length_mae"] for position in positions)
-    return ours / sum(position["rollouts"] * position["length_mae_of_constant"] for position in positions)

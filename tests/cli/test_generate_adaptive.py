@@ -13,7 +13,8 @@ from helpers import make_tiny_model
 from rich.console import Console
 
 from posttrain.cli import main
-from posttrain.cli.adaptive import Display, Utility, utility
+from posttrain.cli.adaptive import Display, utility
+from posttrain.zip_rc.controller import UtilityPolicy
 from posttrain.zip_rc.grid import Grid
 from posttrain.zip_rc.sampler import Progress, SampleView
 
@@ -95,8 +96,8 @@ def test_options_that_cannot_be_used(options: list[str], text: str, capsys: Capt
 
 
 def test_weights() -> None:
-    assert utility("beta=0.5") == Utility(0.1, 0.5)
-    assert utility("alpha=1,beta=0") == Utility(1.0, 0.0)
+    assert utility("beta=0.5") == UtilityPolicy(0.1, 0.5)
+    assert utility("alpha=1,beta=0") == UtilityPolicy(1.0, 0.0)
 
 
 def progress(place: int, done: bool) -> Progress:

@@ -51,6 +51,26 @@ def test_worked_and_exam_rows():
     assert np.mean(solved) == pytest.approx(0.25, abs=0.05)
 
 
+def test_what_came_out_is_said_again():
+    """After each time with the same chance, four times at most; not where the exam was given up."""
+    rng = np.random.default_rng(0)
+    settings = {"min_operations": 2, "max_operations": 2, "persistence": 0.7, "restate": 0.4}
+    rows = [string_machine(rng, **settings) for _ in range(2000)]
+    times = []
+    for row in rows:
+        working, _, answer = row.demonstration.partition("</think>")
+        assert row.columns == {"operations": "2"}
+        finished = len(working) >= 2 * 5
+        again = working[10:]
+        assert again == f"={row.answer}" * (len(again) // 5)
+        if finished:
+            assert answer == row.answer
+            times.append(len(again) // 5)
+    assert np.mean(np.array(times) > 0) == pytest.approx(0.4, abs=0.05)
+    assert max(times) == 4
+    assert len(times) / len(rows) == pytest.approx(0.49, abs=0.04)
+
+
 def test_proposals_are_right_as_often_as_they_should_be():
     rng = np.random.default_rng(0)
     texts = [string_machine(rng, mode="teacher").demonstration for _ in range(3000)]

@@ -71,6 +71,7 @@ def test_exact_forecasts_are_at_the_sampling_floor():
     assert positions[0]["rollouts"] == quality["rollouts"] == 1200
     assert 500 < positions[5]["rollouts"] < 700  # half of them are over after five tokens
     assert positions[0]["auc"] == pytest.approx(0.83, abs=0.03)
+    assert positions[0]["brier"] < 0.8 * positions[0]["brier_of_constant"] <= 0.2
     assert positions[8]["length_mae"] == pytest.approx(2.0)  # nothing is left, and the bin stands for 2
     for position in positions:
         assert position["ece"] < 0.05

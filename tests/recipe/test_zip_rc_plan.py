@@ -55,8 +55,12 @@ def test_memory_by_variant() -> None:
     assert full.parts["optimizer"] == 8 * parameters
     assert full.parts["reference"] == 2 * parameters  # in the checkpoint's bfloat16
     ((_, lite),) = plan("stages.zip_rc.variant=lite").memory
-    assert lite.parts["optimizer"] == 8 * 256 * 128  # the head alone
+    assert lite.parts["optimizer"] == 8 * parameters  # of the throw-away head
     assert "reference" not in lite.parts
+    ((_, held),) = plan("stages.zip_rc.variant=lite", "stages.zip_rc.critic.kl=1").memory
+    assert held.parts["reference"] == 2 * parameters
+    ((_, both),) = plan("stages.zip_rc.variant=lite", "stages.zip_rc.critic.variant=lite").memory
+    assert both.parts["optimizer"] == 8 * 256 * 128  # the head alone
 
 
 def test_defaults_follow_the_variant() -> None:
@@ -65,6 +69,8 @@ def test_defaults_follow_the_variant() -> None:
     own = ZipRcStage(variant="lite", optimizer={"learning_rate": 0.01})
     assert own.optimizer.learning_rate == 0.01
     assert own.optimizer.betas == (0.9, 0.95)
+    assert own.critic.optimizer.learning_rate == 3e-5
+    assert ZipRcStage(critic={"variant": "lite"}).critic.optimizer.learning_rate == 1e-3
     assert ZipRcStage().cells == 56
     assert ZipRcStage(label="outcome", length_edges=[0, 4, 8]).cells == 4
 

@@ -11,7 +11,7 @@ from helpers import make_tiny_model
 from policy_training import EvenTokens, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.errors import Stopped
+from posttrain.errors import Stopped, TrainingError
 from posttrain.recipe.schema import PolicyStage, Recipe
 from posttrain.rollout.build import build_engine
 from posttrain.rollout.types import Example, RolloutRequest, Sampling
@@ -34,6 +34,7 @@ STAGE = {
     "save_steps": 3,
     "log_every": 1,
     "optimizer": {"learning_rate": 1e-3},
+    "critic": {"optimizer": {"learning_rate": 1e-3}},
 }
 
 
@@ -90,6 +91,12 @@ def test_interrupted_in_both_trainings_it_ends_as_if_it_had_not_been(folder, str
     for stop_after in (1, 5):  # in the throw-away head, and in the final one
         with pytest.raises(Stopped):
             run_stage(folder, tmp_path / "run", stop_after)
+    # Values there are, but not this far apart; what is there is gone on with once less is asked for.
+    strict = {**STAGE["critic"], "separation": 0.99}
+    with pytest.raises(
+        TrainingError, match=r"^01-zip_rc: the throw-away head's values .* critic\.separation 0\.99"
+    ):
+        run_stage(folder, tmp_path / "run", critic=strict)
     result = run_stage(folder, tmp_path / "run")
     assert result.summary == expected.summary
     ours, theirs = (AutoModelForCausalLM.from_pretrained(r.model.path) for r in (result, expected))
@@ -169,6 +176,18 @@ def test_a_policy_stage_goes_on_with_it(straight, tmp_path):
     trainer.train()
     assert lines[0]["sampling/logprob_difference"] < 1e-5
     assert torch.equal(trainer.policy.lm_head.weight[list(grid.ids)], before)
+
+
+def test_a_lite_head_learns_the_values_of_a_full_critic(folder, tmp_path):
+    """As in the official code; its KL term is of the throw-away model alone."""
+    critic = {**STAGE["critic"], "kl": 5.0}
+    result = run_stage(folder, tmp_path / "run", variant="lite", max_steps=2, critic=critic)
+    start = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    trained = AutoModelForCausalLM.from_pretrained(result.model.path).state_dict()
+    lines = lines_of(tmp_path / "run")
+    assert [line.get("critic/kl", 0) > 0 for line in lines] == [False, True, False, False]
+    assert [line.get("kl") for line in lines] == [None, None, 0, 0]
+    assert all(torch.equal(trained[name], start[name]) for name in start if "layers" in name)
 
 
 def test_lite_and_outcomes(folder, tmp_path):
