@@ -28,6 +28,7 @@ from posttrain.report.rollouts import Sample, distributions, sample_rollouts
 from posttrain.report.run_folder import Run, number, read_run
 from posttrain.report.self_predictions import calibration_charts
 from posttrain.report.series import stage_charts
+from posttrain.report.texts import memories, promoted
 from posttrain.report.thinking import thinking_charts
 
 PHASES = ("generate", "score", "update", "sync")
@@ -66,6 +67,8 @@ def render(run: Run) -> str:
         "histograms": [panel for _, panels in histograms for panel in panels],
         "prompts": sample.prompts,
         "rollouts": sample.rows,
+        "pieces": sample.pieces,
+        "run": str(run.path),
     }
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -84,6 +87,8 @@ def render(run: Run) -> str:
         histograms=histograms,
         times=_times(run),
         sample=sample,
+        memories=memories(run),
+        promoted=promoted(run),
         versions=run.summary.get("versions") or {},
         phases=PHASES,
         metric_name=words.metric_name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from posttrain.errors import PosttrainError
 from posttrain.evaluation.samples import Problem, group_by_problem
 from posttrain.report.run_folder import Array, Run, Stage
 from posttrain.report.series import rounded
+from posttrain.report.tokens import BROKEN, Pieces, pieces_of
+from posttrain.report.tree import branches, family_of
 from posttrain.rollout.types import derive_seed
 
 STEPS_SHOWN = 12
@@ -26,25 +28,34 @@ PROBLEMS_SHOWN = 24
 """Problems of an evaluation, the same ones in every evaluate stage."""
 GROUP_SHOWN = 8
 """Completions shown of one group."""
+FAMILY_SHOWN = 24
+"""Completions shown of one group and of all that continue them."""
 TEXT_SHOWN = 4000
 """Characters of a prompt or completion; longer ones lose their middle."""
-TOKENS_SHOWN = 240
-"""Tokens of a completion whose log-probs are shown."""
-PAYLOAD = 1_600_000
+TOKENS_SHOWN = 400
+"""Tokens of a completion that are shown one by one."""
+PAYLOAD = 2_000_000
 """Characters of all browsable rollouts together, which keeps a report well below 3 MB."""
 WINDOW = 20
 """At most so many steps' files are read for one distribution."""
 BINS = 24
 """Bins of a histogram of many values."""
+DISTRIBUTED = ("role", "reward", "completion_ids")
+CHOICE = ("rollout_id", "group", "role", "reward", "status", "parent")
+"""Columns that say which groups of a step are shown."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Rollouts chosen for browsing. `prompts` are shared; `written` counts all rollouts of the run."""
+    """Rollouts chosen for browsing. `prompts` are shared; `written` counts all rollouts of the run.
+
+    `pieces` are texts by token id, empty where the run's tokenizer is not to be had.
+    """
 
     prompts: list[str]
     rows: list[dict[str, Any]]
     written: int
+    pieces: dict[str, str]
 
 
 def read_tables(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Table:
@@ -80,9 +91,16 @@ def count_rollouts(stage: Stage) -> int:
 
 def evaluation_problems(stage: Stage) -> dict[str, Problem]:
     """The problems of an evaluate stage with each sample's outcome; empty where none were written."""
-    if stage.samples is None:
-        return {}
-    table = read_tables([stage.samples], ("example_id", "role", "correct", "completion", "completion_ids"))
+    return {} if stage.samples is None else read_problems(stage.samples)
+
+
+def read_problems(path: Path) -> dict[str, Problem]:
+    """The problems in the samples of an evaluation.
+
+    Raises:
+        PosttrainError: the file is not readable parquet.
+    """
+    table = read_tables([path], ("example_id", "role", "correct", "completion", "completion_ids"))
     lengths = pc.list_value_length(table["completion_ids"])
     return group_by_problem(table.drop_columns("completion_ids").append_column("length", lengths).to_pylist())
 
@@ -101,7 +119,19 @@ def sample_rollouts(run: Run) -> Sample:
     prompts: dict[str, int] = {}
     for row in kept:
         row["p"] = prompts.setdefault(row["p"], len(prompts))
-    return Sample(list(prompts), kept, written=sum(count_rollouts(stage) for stage in run.stages))
+    written = sum(count_rollouts(stage) for stage in run.stages)
+    return Sample(list(prompts), kept, written, _spell(kept, pieces_of(run) if kept else None))
+
+
+def _spell(rows: Sequence[dict[str, Any]], pieces: Pieces | None) -> dict[str, str]:
+    """Texts of the tokens in rows. A row with characters of several tokens gets `texts` of its own."""
+    if pieces is None:
+        return {}
+    for row in rows:
+        ids = row["perToken"]["ids"]
+        if any(BROKEN in pieces.single(token) for token in ids):
+            row["perToken"]["texts"] = pieces.of(ids)
+    return {str(token): pieces.single(token) for row in rows for token in row["perToken"]["ids"]}
 
 
 def distributions(stage: Stage) -> list[dict[str, Any]]:
@@ -116,7 +146,7 @@ def distributions(stage: Stage) -> list[dict[str, Any]]:
     share = min(max(1, len(steps) // 10), WINDOW)
     windows = [steps[:share], steps[-share:]] if len(steps) > 1 else [steps]
     tables = [
-        read_tables([p for step in window for p in stage.rollouts[step]], ("reward", "completion_ids"))
+        _of_first_role(read_tables([p for step in window for p in stage.rollouts[step]], DISTRIBUTED))
         for window in windows
     ]
     labels = [_steps_in_words(window) for window in windows]
@@ -131,6 +161,11 @@ def distributions(stage: Stage) -> list[dict[str, Any]]:
         for title, about, parts, form in panels
         if all(len(part) for part in parts)
     ]
+
+
+def _of_first_role(table: pa.Table) -> pa.Table:
+    """Without what methods have sampled beside: solutions, or a teacher's proposals."""
+    return table.filter(pc.equal(table["role"], table["role"][0]))
 
 
 def histogram(parts: Sequence[Array]) -> dict[str, Any]:
@@ -169,26 +204,43 @@ def _spread(steps: Sequence[int]) -> list[int]:
 
 
 def _choose_groups(stage: Stage, step: int, paths: Sequence[Path]) -> list[list[dict[str, Any]]]:
-    """Of one step: a group whose rewards differ, one whose do not, one with unscored or dropped samples."""
+    """Of one step: a group whose rewards differ, one whose do not, one with unscored or dropped samples, one
+    with forks, and one of every further role."""
     table = read_tables(paths)
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(table["group"].to_pylist()):
-        groups.setdefault(name, []).append(i)
-    rewards = table["reward"].to_pylist()
-    status = table["status"].to_pylist() if "status" in table.column_names else ["trained"] * len(table)
+    rows = table.select([name for name in CHOICE if name in table.column_names]).to_pylist()
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
     order = sorted(groups, key=lambda name: derive_seed(step, name))
+    parents = {row.get("parent") for row in rows}
+    first_role = rows[0]["role"]
+
+    def is_first(name: str) -> bool:
+        return any(row["role"] == first_role for row in groups[name])
 
     def scores(name: str) -> set[float]:
-        return {rewards[i] for i in groups[name] if rewards[i] is not None}
+        return {row["reward"] for row in groups[name] if row["reward"] is not None}
 
     def has_gap(name: str) -> bool:
-        dropped = len(scores(name)) > 1 and any(status[i] != "trained" for i in groups[name])
-        return dropped or any(rewards[i] is None for i in groups[name])
+        dropped = any(str(row.get("status")).startswith(("dropped", "skipped")) for row in groups[name])
+        return (len(scores(name)) > 1 and dropped) or any(row["reward"] is None for row in groups[name])
 
-    tests = (lambda name: len(scores(name)) > 1, lambda name: len(scores(name)) == 1, has_gap)
+    tests: list[Callable[[str], bool]] = [
+        lambda name: is_first(name) and len(scores(name)) > 1,
+        lambda name: is_first(name) and len(scores(name)) == 1,
+        lambda name: is_first(name) and has_gap(name),
+        lambda name: any(row["rollout_id"] in parents for row in groups[name]),
+    ]
+    roles = dict.fromkeys(row["role"] for row in rows if row["role"] != first_role and not row.get("parent"))
+    tests += [lambda name, role=role: groups[name][0]["role"] == role for role in roles]
     found = [next((name for name in order if test(name)), None) for test in tests]
-    chosen = dict.fromkeys(name for name in found if name is not None)
-    return [_rows(stage, table, groups[name][:GROUP_SHOWN], step) for name in chosen]
+    chosen = []
+    for name in dict.fromkeys(name for name in found if name is not None):
+        numbers = family_of(rows, name)
+        own = [number for number in numbers if rows[number]["group"] == name][:GROUP_SHOWN]
+        forks = [number for number in numbers if rows[number]["group"] != name]
+        chosen.append(_rows(stage, table, [*own, *forks][:FAMILY_SHOWN], step))
+    return chosen
 
 
 def _choose_problems(stage: Stage, path: Path) -> list[list[dict[str, Any]]]:
@@ -215,7 +267,12 @@ def _within_budget(files: list[list[list[dict[str, Any]]]]) -> list[dict[str, An
 
 
 def _rows(stage: Stage, table: pa.Table, indices: list[int], step: int | None) -> list[dict[str, Any]]:
-    return [browsable(stage.name, step, row) for row in table.take(indices).to_pylist()]
+    rows = table.take(indices).to_pylist()
+    shown = [browsable(stage.name, step, row) for row in rows]
+    for row, branch in zip(shown, branches(rows), strict=True):
+        row["family"] = shown[0]["group"]
+        row["branch"] = [branch.parent, branch.leaves, branch.starts, branch.ends]
+    return shown
 
 
 def browsable(stage: str, step: int | None, row: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +296,7 @@ def browsable(stage: str, step: int | None, row: dict[str, Any]) -> dict[str, An
         },
     }
     errors = json.loads(row.get("reward_errors") or "{}")
+    versions = json.loads(row.get("reward_versions") or "{}")
     return {
         "stage": stage,
         "step": step,
@@ -256,9 +314,15 @@ def browsable(stage: str, step: int | None, row: dict[str, Any]) -> dict[str, An
         "rewards": {
             name.removeprefix("reward/"): _finite(value)
             for name, value in row.items()
-            if name.startswith("reward/")
+            if name.startswith("reward/") and not _is_foreign(name, value, errors, versions)
         },
         "errors": errors,
+        "versions": versions,
+        "parent": row.get("parent"),
+        "forkedAt": row.get("forked_at"),
+        "temperature": row.get("temperature"),
+        "maxTokens": row.get("max_tokens"),
+        "weights": json.loads(row.get("channel_weights") or "{}"),
         "finish": row["finish_reason"],
         "status": None if step is None else row.get("status"),
         "correct": row.get("correct"),
@@ -267,6 +331,11 @@ def browsable(stage: str, step: int | None, row: dict[str, Any]) -> dict[str, An
         "advantages": {name: _extent(values) for name, values in advantages.items()},
         "perToken": tokens,
     }
+
+
+def _is_foreign(name: str, value: float | None, *told: dict[str, str]) -> bool:
+    """Whether the column of a reward is there for other rollouts of the step, such as those of a method."""
+    return value is None and any(told) and not any(name.removeprefix("reward/") in part for part in told)
 
 
 def shortened(text: str) -> str:

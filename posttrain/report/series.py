@@ -1,13 +1,13 @@
-"""Curves for drawing: smoothed, thinned, and named for people."""
+"""Curves for drawing: smoothed and thinned."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from posttrain.report.panels import HEALTH, LEARNING, LOSS, OPTIMISER, SUPERVISED, Chart, method_groups
 from posttrain.report.run_folder import Array, Series, Stage
 
 MAX_POINTS = 500
@@ -16,159 +16,6 @@ MIN_SMOOTHED = 8
 """A curve of fewer points is drawn as it is."""
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A chart of one or more metrics. `lines` are (metric, label); `form` says how values are written."""
-
-    title: str
-    about: str
-    lines: tuple[tuple[str, str], ...]
-    form: str = "number"
-    wide: bool = False
-
-
-ENTROPY = Chart("Entropy", "Mean entropy of the next-token distribution, in nats.", (("entropy", "entropy"),))
-LOSS = Chart("Loss", "Mean loss of a step.", (("loss", "loss"),), "fine")
-TOKEN_ACCURACY = Chart(
-    "Token accuracy",
-    "Share of demonstration tokens the model would have chosen.",
-    (("mean_token_accuracy", "accuracy"),),
-    "percent",
-)
-OPTIMISER = (
-    Chart("Gradient norm", "Before clipping.", (("grad_norm", "norm"),), "fine"),
-    Chart("Learning rate", "As scheduled.", (("learning_rate", "rate"),), "fine"),
-)
-SUPERVISED = (("Learning", (LOSS, TOKEN_ACCURACY, ENTROPY, *OPTIMISER)),)
-LEARNING = (
-    Chart("Reward", "Mean weighted reward of a step's completions.", (("reward", "reward"),), wide=True),
-    Chart(
-        "Completion length",
-        "Tokens the policy wrote.",
-        (("completions/mean_length", "mean"), ("completions/max_length", "longest")),
-        "tokens",
-    ),
-    ENTROPY,
-    Chart("KL to the reference", "k3 estimate per token, in nats.", (("kl", "KL"),), "fine"),
-    Chart("Reward spread", "Standard deviation of the rewards of a step.", (("reward_std", "std"),)),
-)
-HEALTH = (
-    Chart(
-        "Samples that teach little",
-        "Share of completions cut at the token cap, of groups whose rewards are all equal, and of samples "
-        "without a score.",
-        (
-            ("completions/truncated", "truncated"),
-            ("groups/zero_variance", "zero variance"),
-            ("rewards/unscored", "unscored"),
-        ),
-        "percent",
-    ),
-    Chart(
-        "Engine–trainer mismatch",
-        "Mean absolute difference of the log-probs that the engine sampled with and the trainer computed.",
-        (("sampling/logprob_difference", "difference"),),
-        "fine",
-    ),
-    Chart(
-        "Importance ratio",
-        "Mean correction weight between engine and trainer; 1 is no mismatch.",
-        (("sampling/importance_ratio", "ratio"),),
-        "fine",
-    ),
-    Chart(
-        "Clipped ratios",
-        "Share of tokens whose ratio was clipped.",
-        (("ratio/clipped", "clipped"),),
-        "percent",
-    ),
-)
-SELF_PREDICTIONS = (
-    Chart(
-        "Pass rate",
-        "Mean over a step's problems: what the policy says before solving them, and what it does.",
-        (("masa/rate_predicted", "predicted"), ("masa/rate_true", "true")),
-        "percent",
-    ),
-    Chart(
-        "Rank correlation",
-        "Spearman's, over a step's problems, of predictions and truth.",
-        (("masa/rate_spearman", "pass rate"), ("masa/length_spearman", "length")),
-    ),
-    Chart("Error of the pass rate", "Mean absolute error, of 1.", (("masa/rate_mae", "error"),)),
-    Chart(
-        "Error of the length", "Mean absolute error, in tokens.", (("masa/length_mae", "error"),), "tokens"
-    ),
-    Chart(
-        "Right parts of predictions",
-        "Notions that more right than wrong solutions contain, lengths within the range of the right ones, "
-        "and answers of which every part can be read.",
-        (("masa/notion_precision", "notions"), ("masa/in_range", "lengths"), ("masa/complete", "complete")),
-        "percent",
-    ),
-    Chart(
-        "Gate",
-        "Problems left out, and of those that were rolled out all the same the ones that would have taught "
-        "something.",
-        (("masa/gate/share", "left out"), ("masa/gate/wrong", "wrongly")),
-        "percent",
-    ),
-    Chart(
-        "Cap",
-        "Capped solutions that were cut, and right uncapped ones that would have been.",
-        (("masa/cutoff/cut", "cut"), ("masa/cutoff/false_rate", "right ones")),
-        "percent",
-    ),
-    Chart(
-        "Tokens",
-        "Sampled in a step.",
-        (("masa/tokens/solution", "solutions"), ("masa/tokens/meta", "self-predictions")),
-        "tokens",
-    ),
-)
-MIXTURE = (
-    Chart(
-        "Weight of imitation",
-        "Of the demonstrations' loss; the policy gradient has the rest of 1.",
-        (("amft/mu", "mu"),),
-    ),
-    Chart(
-        "What each loss climbs",
-        "Of the held-out reward, along its own gradient: imitation gains weight while its line is the upper.",
-        (("amft/climb/imitation", "imitation"), ("amft/climb/policy", "policy gradient")),
-        "fine",
-    ),
-    Chart("Meta-gradient", "On the scale that the recipe asks for.", (("amft/meta_gradient", "mu"),), "fine"),
-    Chart("Held-out reward", "Of prompts that nothing is trained on.", (("amft/utility", "reward"),)),
-    Chart(
-        "Entropy and its target",
-        "In nats a token, estimated from the completions.",
-        (("amft/entropy", "entropy"), ("amft/target_entropy", "target")),
-    ),
-)
-TEACHING = (
-    Chart(
-        "Gains of students",
-        "On hard problems, over the baseline: of the best set of a step, and the moving average of all that "
-        "decides about promotions.",
-        (("reward/best_set", "best set"), ("reward/moving_average", "moving average")),
-        "fine",
-    ),
-    Chart(
-        "Baseline",
-        "Its accuracy on the hard problems of a step; it rises with promotions.",
-        (("baseline/accuracy", "accuracy"),),
-        "percent",
-    ),
-    Chart("Promotions", "So far.", (("promotions", "promotions"),)),
-    Chart(
-        "Proposals",
-        "Share of the teacher's that can be read, and of different ones among those that are used.",
-        (("teacher/readable", "readable"), ("teacher/unique", "different")),
-        "percent",
-    ),
-    Chart("Teacher's KL", "To the base model, per token, in nats.", (("teacher/kl", "KL"),), "fine"),
-)
 ELSEWHERE = ("seconds/", "tokens/", "masa/level/")
 """Metrics that other parts of the report show."""
 
@@ -195,12 +42,12 @@ def _policy_groups(stage: Stage) -> tuple[tuple[str, tuple[Chart, ...]], ...]:
     lines = tuple((name, name.removeprefix("rewards/").removesuffix("/mean")) for name in means)
     each = Chart("Each reward", "Mean of each reward function, unweighted.", lines)
     learning = (LEARNING[0], each, *LEARNING[1:]) if len(means) > 1 else LEARNING
-    own = (
-        ("Self-predictions", SELF_PREDICTIONS),
-        ("Imitation and reinforcement", MIXTURE),
-        ("Teacher and students", TEACHING),
+    return (
+        ("Learning", learning),
+        *method_groups(stage),
+        ("Health", HEALTH),
+        ("Optimisation", (*OPTIMISER, LOSS)),
     )
-    return ("Learning", learning), *own, ("Health", HEALTH), ("Optimisation", (*OPTIMISER, LOSS))
 
 
 def _drawable(stage: Stage, charts: Iterable[Chart]) -> list[dict[str, Any]]:

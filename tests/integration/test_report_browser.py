@@ -8,7 +8,7 @@ import subprocess
 
 import pyarrow.parquet as pq
 import pytest
-from synthetic_run import write_run
+from synthetic_run import write_forks, write_run
 
 from posttrain.report.html import write_report
 from posttrain.training.record import write_rollouts
@@ -55,6 +55,24 @@ const plot = document.querySelector("[data-sync]:last-of-type .plot");
 plot.focus();
 press(plot, "Home");
 out.readouts = [...document.querySelectorAll("[data-sync]:last-of-type .readout")].map((p) => p.textContent);
+form.querySelector("[type=reset]").click();
+set("stage", "05-policy");
+const lanes = () => [...document.querySelectorAll(".tree .lane")];
+out.lanes = lanes().length;
+out.joints = document.querySelectorAll(".tree path.given").length;
+const views = () => [...document.querySelectorAll(".views button")];
+out.views = views().map((button) => button.textContent);
+const spans = () => [...document.querySelectorAll(".coloured span")];
+const colours = () => new Set(spans().map((span) => span.style.background));
+out.summed = colours().size;
+views().find((button) => button.textContent === "Advantage, outcome").click();
+out.outcome = colours().size;
+out.spelled = document.querySelector(".coloured").textContent;
+lanes()[1].dispatchEvent(new MouseEvent("click", { bubbles: true }));
+out.lane = document.querySelector(".detail h3").textContent;
+set("role", "probe");
+out.probes = found();
+out.fork = detail();
 document.title = JSON.stringify(out);
 """
 
@@ -84,7 +102,9 @@ def title(document):
 
 
 def test_charts_and_rollout_browser_work(tmp_path):
-    report = write_report(write_run(tmp_path / "run"))
+    run = write_run(tmp_path / "run")
+    write_forks(run)
+    report = write_report(run)
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", report.read_text())
     report.write_text(text.replace("</body>", f"<script>{USE}</script></body>"))
     out = json.loads(title(load(report, tmp_path)))
@@ -102,6 +122,19 @@ def test_charts_and_rollout_browser_work(tmp_path):
     assert out["cleared"] == out["all"]
     assert out["readouts"]
     assert all("step 1" in readout for readout in out["readouts"])
+    assert out["lanes"] == 7  # three solutions, one of them drawn twice, and three forks
+    assert out["views"] == [
+        "Text",
+        "All channels, weighted",
+        "Advantage, outcome",
+        "Advantage, progress",
+        "Surprise",
+    ]
+    assert (out["summed"], out["outcome"]) == (2, 1)  # progress was made in the second half
+    assert out["spelled"].startswith("First ")
+    assert "#" in out["lane"]
+    assert out["probes"].startswith("3 of ")
+    assert "of 7/solution/0, after 8 tokens" in out["fork"]
 
 
 def test_neither_completions_nor_added_scripts_run(tmp_path):
