@@ -322,4 +322,3 @@ function browser(root) {
 }
 
 for (const root of document.querySelectorAll(".browser")) browser(root);
-document.documentElement.dataset.ready = "true";

@@ -241,3 +241,4 @@ for (const figure of document.querySelectorAll("[data-pareto]")) {
 for (const figure of document.querySelectorAll("[data-histogram]")) {
   histogram(figure, report.histograms[figure.dataset.histogram]);
 }
+document.documentElement.dataset.ready = "true";

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, not even a network.
+"""The report of a run, or of two side by side: one HTML file that needs nothing else, not even a network.
 
 What the model wrote is untrusted: Jinja escapes it in the page, `embed` in the data the page's script
 reads, the script only ever sets text, and the page's own policy lets no other script run.
@@ -10,21 +10,22 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from posttrain.report import words
+from posttrain.report.compare import count, different_settings, names, pairs, shared_curves
 from posttrain.report.health import findings
 from posttrain.report.pareto import pareto_charts
 from posttrain.report.results import results
-from posttrain.report.rollouts import Sample, distributions, sample_rollouts
+from posttrain.report.rollouts import distributions, sample_rollouts
 from posttrain.report.run_folder import Run, number, read_run
 from posttrain.report.self_predictions import calibration_charts
 from posttrain.report.series import stage_charts
@@ -42,8 +43,20 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         PosttrainError: `run_dir` is no run folder, or a file in it is damaged.
     """
-    page = render(read_run(run_dir))
-    path = run_dir / "report.html"
+    return _write(run_dir / "report.html", render(read_run(run_dir)))
+
+
+def write_comparison(run_dir: Path, other_dir: Path) -> Path:
+    """Write a page that sets a run against another, `run_dir/compare-OTHER.html`, and return its path.
+
+    Raises:
+        PosttrainError: a folder is no run folder, or a file in it is damaged.
+    """
+    page = render_comparison(read_run(run_dir), read_run(other_dir))
+    return _write(run_dir / f"compare-{other_dir.resolve().name}.html", page)
+
+
+def _write(path: Path, page: str) -> Path:
     beside = path.with_suffix(".tmp")
     beside.write_text(page, encoding="utf-8")
     beside.replace(path)
@@ -58,7 +71,6 @@ def render(run: Run) -> str:
     thinking = thinking_charts(run)
     calibration = calibration_charts(run)
     pareto = pareto_charts(run)
-    script = "\n".join(_asset(name) for name in ("charts.js", "browser.js"))
     data = {
         "charts": [chart for _, groups in curves for group in groups for chart in group["charts"]],
         "thinking": thinking,
@@ -70,14 +82,13 @@ def render(run: Run) -> str:
         "pieces": sample.pieces,
         "run": str(run.path),
     }
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"duration": words.duration, "stage_title": words.stage_title}
-    return environment.from_string(_asset("template.html")).render(
+    return _page(
+        "template.html",
+        ("charts.js", "browser.js"),
+        data,
         run=run,
         facts=_facts(run),
-        tiles=_tiles(run, sample),
+        tiles=[tile for tile in tiles(run, sample.written) if tile[1] != words.MISSING],
         results=results(run),
         findings=findings(run),
         thinking=thinking,
@@ -91,6 +102,46 @@ def render(run: Run) -> str:
         promoted=promoted(run),
         versions=run.summary.get("versions") or {},
         phases=PHASES,
+    )
+
+
+def render_comparison(run: Run, other: Run) -> str:
+    """The page that sets `run` against `other`, as text."""
+    curves = shared_curves(run, other)
+    data = {"charts": [chart for _, groups in curves for group in groups for chart in group["charts"]]}
+    numbers = [
+        (name, value, against)
+        for (name, value), (_, against) in zip(
+            tiles(run, count(run)), tiles(other, count(other)), strict=True
+        )
+        if (value, against) != (words.MISSING, words.MISSING)
+    ]
+    return _page(
+        "compare.html",
+        ("charts.js",),
+        data,
+        run=run,
+        other=other,
+        names=names(run, other),
+        numbers=numbers,
+        pairs=pairs(run, other),
+        settings=different_settings(run, other),
+        curves=curves,
+    )
+
+
+def _page(template: str, scripts: Sequence[str], data: Mapping[str, Any], **parts: Any) -> str:
+    script = "\n".join(_asset(name) for name in scripts)
+    environment = Environment(
+        loader=FunctionLoader(_asset),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"duration": words.duration, "stage_title": words.stage_title}
+    return environment.get_template(template).render(
+        **parts,
         metric_name=words.metric_name,
         style=Markup(_asset("style.css")),
         script=Markup(script),
@@ -129,17 +180,16 @@ def _moment(time: float | None) -> str:
     return "" if time is None else f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def _tiles(run: Run, sample: Sample) -> list[tuple[str, str]]:
-    """The run in a few numbers."""
+def tiles(run: Run, rollouts: int) -> list[tuple[str, str]]:
+    """The run in a few numbers, those that are not known as "–"."""
     steps = sum(stage.steps for stage in run.stages if stage.kind == "policy")
-    tiles = [
+    return [
         ("Run time", words.duration(number(run.summary.get("seconds")))),
-        ("Policy steps", words.count(steps) if steps else words.MISSING),
+        ("Policy steps", words.count(steps or None)),
         ("Tokens sampled", words.count(run.summary.get("tokens_sampled"))),
         ("Tokens trained", words.count(run.summary.get("tokens_trained"))),
-        ("Rollouts kept", words.count(sample.written) if sample.written else words.MISSING),
+        ("Rollouts kept", words.count(rollouts or None)),
     ]
-    return [(name, value) for name, value in tiles if value != words.MISSING]
 
 
 @dataclass(frozen=True)

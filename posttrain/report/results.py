@@ -80,7 +80,10 @@ def results(run: Run) -> Results | None:
     metrics = list(dict.fromkeys(name for column in columns for name in column))
     before, after = _before_and_after(run, columns)
     compared = _compared(run, evaluations[before]["stage"], evaluations[after]["stage"], metrics, columns)
-    rows = [_row(name, [column.get(name) for column in columns], before, after, compared) for name in metrics]
+    rows = [
+        metric_row(name, [column.get(name) for column in columns], before, after, compared)
+        for name in metrics
+    ]
     main = (run.summary.get("accuracy_after") or {}).get("metric") or next(
         (m for m in metrics if m != "mean_length"), None
     )
@@ -94,7 +97,7 @@ def results(run: Run) -> Results | None:
         after=after,
         rows=rows,
         problems=f"{last['problems']:,} problems, {last['samples']:,} {each}",
-        moved=_moved(compared.get(main) if main else None),
+        moved=moved(compared.get(main) if main else None, "before"),
         paired=bool(compared),
         confidence=confidence,
         headline=_headline(main, metrics, rows, before, after, confidence),
@@ -129,13 +132,14 @@ def _compared(
     return compare(evaluation_problems(first), evaluation_problems(last), metrics, confidence)
 
 
-def _row(
+def metric_row(
     metric: str,
     estimates: list[Estimate | None],
     before: int,
     after: int,
     compared: Mapping[str, Comparison],
 ) -> Row:
+    """A metric of several evaluations; `before` and `after` say between which the change is."""
     is_share = metric != "mean_length"
     scale = 1.0 if is_share else 1.1 * max((_top(e) for e in estimates if e is not None), default=1.0) or 1.0
     cells = [None if e is None else _cell(e, is_share, scale) for e in estimates]
@@ -195,12 +199,12 @@ def _change_in_words(row: Row, before: Cell | None, confidence: str) -> str:
     return f"{row.change} points{chance} ({confidence} interval {row.change_interval})"
 
 
-def _moved(comparison: Comparison | None) -> str:
-    """How many problems rose and fell in the main metric."""
+def moved(comparison: Comparison | None, than: str) -> str:
+    """How many problems rose and fell in a metric; "" without a comparison."""
     if comparison is None:
         return ""
     same = comparison.difference.n - comparison.rose - comparison.fell
     return (
-        f"Problem by problem: {comparison.rose:,} answered better than before, {comparison.fell:,} worse, "
+        f"Problem by problem: {comparison.rose:,} answered better than {than}, {comparison.fell:,} worse, "
         f"{same:,} the same."
     )

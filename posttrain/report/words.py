@@ -17,7 +17,7 @@ def percent(value: float, digits: int = 1) -> str:
 
 def points(value: float) -> str:
     """A difference of two shares in percentage points, with its sign."""
-    return MISSING if math.isnan(value) else f"{value * 100:+.1f}".replace("-", MINUS)
+    return MISSING if math.isnan(value) else f"{round(value * 100, 1) + 0.0:+.1f}".replace("-", MINUS)
 
 
 def amount(value: float, signed: bool = False) -> str:
@@ -25,7 +25,8 @@ def amount(value: float, signed: bool = False) -> str:
     if math.isnan(value):
         return MISSING
     digits = 0 if abs(value) >= 1000 else 1
-    return f"{value:{'+' if signed else ''},.{digits}f}".replace("-", MINUS)
+    rounded = round(value, digits) + 0.0  # not −0
+    return f"{rounded:{'+' if signed else ''},.{digits}f}".replace("-", MINUS)
 
 
 def count(value: object) -> str:
