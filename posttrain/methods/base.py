@@ -8,7 +8,6 @@ recipe lists them, and never asks which method it is talking to.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -22,6 +21,7 @@ from posttrain.errors import RecipeError
 from posttrain.recipe.stage_schema import LossConfig
 from posttrain.rollout.engine import RolloutEngine
 from posttrain.rollout.types import Rollout, RolloutBatch, RolloutRequest, Sampling, make_rollouts
+from posttrain.user_code import import_file
 
 ENTRY_POINTS = "posttrain.methods"
 
@@ -135,8 +135,9 @@ class NoOptions(BaseModel):
 class Method:
     """Base class of methods.
 
-    `conflicts` maps names of methods this one cannot be combined with to the reason. `scores` are roles of
-    rollouts that this method rewards itself, in `extend`: the recipe's rewards are not asked about them.
+    `conflicts` maps names of methods this one cannot be combined with to the reason; what depends on options
+    is said by `problems` of the built-in methods' schemas. `scores` are roles of rollouts that this method
+    rewards itself, in `extend`: the recipe's rewards are not asked about them.
     """
 
     name: ClassVar[str]
@@ -205,21 +206,16 @@ def load_attribute(reference: str) -> Any:
         RecipeError: no such file, module or attribute.
     """
     module_name, _, attribute = reference.rpartition(":")
+    in_file = module_name.endswith(".py")
+    if in_file and not Path(module_name).is_file():
+        raise RecipeError(f"{reference}: there is no file {module_name}")
     try:
-        if module_name.endswith(".py"):
-            path = Path(module_name)
-            spec = importlib.util.spec_from_file_location(f"posttrain_user_{path.stem}", path)
-            if spec is None or spec.loader is None or not path.is_file():
-                raise RecipeError(f"{reference}: there is no file {module_name}")
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(module_name)
-        return getattr(module, attribute)
+        module = import_file(Path(module_name)) if in_file else importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise RecipeError(f"{reference}: {error}") from None
-    except AttributeError:
-        raise RecipeError(f"{reference}: {module_name} defines no {attribute}") from None
+    if not hasattr(module, attribute):
+        raise RecipeError(f"{reference}: {module_name} defines no {attribute}")
+    return getattr(module, attribute)
 
 
 def find_method(name: str) -> type[Method]:
@@ -253,6 +249,8 @@ def load_methods(entries: Sequence[str | Mapping[str, Mapping[str, Any]]]) -> li
     for entry in entries:
         name, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
         kind = find_method(name)
+        if kind.name in (spec.kind.name for spec in specs):
+            raise RecipeError(f"methods: {kind.name} is listed twice")
         try:
             specs.append(MethodSpec(kind, kind.Config.model_validate(options)))
         except ValidationError as error:

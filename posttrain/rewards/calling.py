@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import math
 import sys
@@ -18,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from posttrain.errors import PosttrainError, RecipeError, RewardError, RewardUnavailable
@@ -33,6 +32,7 @@ from posttrain.rewards.registry import (
     registered,
 )
 from posttrain.rollout.types import Completion, Example
+from posttrain.user_code import import_file
 
 Sample = tuple[Completion, Example]
 Style = Literal["completion", "batch", "trl"]
@@ -360,7 +360,7 @@ def _find(source: RewardSource) -> tuple[Callable[..., Any], RewardInfo | None]:
 
         entry: Registered = dill.loads(source.pickled)
         return entry.target, entry.info
-    module = _import_file(Path(source.file)) if source.file else importlib.import_module(source.module or "")
+    module = import_file(Path(source.file)) if source.file else importlib.import_module(source.module or "")
     name = source.attribute or source.registered or source.name
     known = registered(name)
     home = known.info.origin.partition(":")[0] if known else None
@@ -372,18 +372,3 @@ def _find(source: RewardSource) -> tuple[Callable[..., Any], RewardInfo | None]:
     if known is not None and home not in BUILTIN_MODULES:  # registered by a module that this one imports
         return known.target, known.info
     raise RecipeError(f"reward {source.name!r}: {module.__name__} neither registers nor defines {name!r}")
-
-
-def _import_file(path: Path) -> ModuleType:
-    """Run a file as a module of its own; modules beside it can be imported by it."""
-    name = f"posttrain_rewards_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.append(str(path.parent))
-    spec.loader.exec_module(module)
-    return module
