@@ -40,6 +40,12 @@ class TrainingError(PosttrainError):
     """Training cannot go on: nothing to train, stale engine weights, non-finite loss."""
 
 
+class GateFailed(PosttrainError):
+    """A stage did not pass its gate (`advance_if`), so the later stages are not run."""
+
+    exit_code: ClassVar[int] = 3
+
+
 class Stopped(KeyboardInterrupt):
     """A signal ended the run in good order. Like Ctrl-C it is no `Exception`: nothing may swallow it."""
 

@@ -56,10 +56,11 @@ def make_trainer(
     on_error="redraw",
     combine="sum_then_normalize",
     engine=None,
+    stop=(),
     **hooks,
 ):
     stage = stage or PolicyStage(steps=3, prompts_per_step=3, group_size=4)
-    rollout = RolloutConfig(max_tokens=12)
+    rollout = RolloutConfig(max_tokens=12, stop=list(stop))
     tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
     model = model if model is not None else load_model(ModelConfig(path=str(folder)))
     examples = [Example(id=prompt, prompt=prompt, answer="0") for prompt in PROMPTS]

@@ -48,7 +48,7 @@ def test_functions_are_short():
     ("package", "home"),
     [
         ("vllm", {"posttrain/rollout/vllm.py", "posttrain/rollout/transfer.py"}),
-        ("trl", {"posttrain/stages/sft.py", "posttrain/stages/reward_model.py"}),
+        ("trl", {"posttrain/stages/sft.py", "posttrain/stages/dpo.py", "posttrain/stages/reward_model.py"}),
         ("deepspeed", {"posttrain/rollout/weights.py"}),
     ],
 )

@@ -104,6 +104,24 @@ def encode_pair(
     return both[0], both[1]
 
 
+def preference_row(
+    pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, format: PromptFormat = "auto"
+) -> dict[str, Prompt]:
+    """A pair as a row of TRL's preference format, conversational for chat; one with target 0 is turned round.
+
+    Raises:
+        DataError: the pair is made of chat messages and the format is text.
+    """
+    chosen, rejected = (pair.chosen, pair.rejected) if pair.target else (pair.rejected, pair.chosen)
+    row = {"prompt": pair.prompt, "chosen": chosen, "rejected": rejected}
+    if uses_chat(tokenizer, format):
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        return {name: _messages(row[name], role) for name, role in roles.items()}
+    if not all(isinstance(text, str) for text in row.values()):
+        raise DataError(f"{pair.where}: chat messages need a chat template")
+    return row
+
+
 def _encode(
     pair: PreferencePair, answer: Prompt, tokenizer: PreTrainedTokenizerBase, format: PromptFormat
 ) -> list[int]:

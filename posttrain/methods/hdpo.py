@@ -20,14 +20,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
 from posttrain.errors import TrainingError
 from posttrain.methods.base import CHANNELS, Channel, Compared, Comparison, Method, StepContext
+from posttrain.recipe.hdpo_schema import HdpoConfig
 from posttrain.rollout.types import Completion, Rollout, RolloutBatch
 from posttrain.training.advantages import Floats, group_advantages, token_factor
 
@@ -38,40 +38,6 @@ EPSILON = 1e-6
 
 Cost = Literal["calls", "seconds", "tokens"]
 Shape = Literal["reciprocal", "linear"]
-
-
-class Config(BaseModel):
-    """Options of HDPO; the defaults are the paper's unless it says otherwise."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    weight: float = Field(default=0.15, ge=0.0)
-    """Of the efficiency channel beside the accuracy channel's 1. 0 is plain GRPO."""
-    cost: Cost = "calls"
-    """What is saved: trips to tools (failed and malformed ones count), the seconds that tools took, or the
-    tokens of the completion with all that tools said. Seconds are not the same in every run."""
-    unit: float = Field(default=1.0, gt=0.0)
-    """What counts as one unit of cost: with `tokens` 100 makes 1 / (1 + tokens / 100)."""
-    shape: Shape = "reciprocal"
-    """`reciprocal`: 1 / (1 + cost), which tells 0 from 1 better than 3 from 4. `linear`: -cost."""
-    normalizer: Literal["all", "qualifying"] = "all"
-    """Tokens that the channel's loss is divided by: those of all completions, as in the paper's formula, or
-    of those with an advantage other than 0, as in the authors' code, which raises the weight of the few."""
-    combine: Literal["loss", "advantage"] = "loss"
-    """`loss`: two clipped losses. `advantage`: the sum of the advantages, in one."""
-    divide_by_std: bool = True
-    """Off: advantages are only centred (Dr. GRPO), where this method makes them."""
-    conditional: bool = True
-    """Off compares all completions, wrong ones with an economy of 0: the ablation that learns accuracy a
-    second time."""
-    reward: str | None = None
-    """The reward that says what is correct; None is the one the recipe lists first."""
-    threshold: float = 1.0
-    """Correct is a reward of at least this."""
-    compare_gradients: int | None = Field(default=None, ge=1)
-    """Every how many steps the gradients of the two channels are compared, which takes another forward and
-    backward pass of the completions with an advantage; None never does. Not where ranks hold parts of weights
-    that are all trained (FSDP, ZeRO-3)."""
 
 
 def costs(completions: Sequence[Completion], cost: Cost) -> Floats:
@@ -119,9 +85,10 @@ class Hdpo(Method):
     """The efficiency channel; accuracy is the trainer's own "outcome" channel."""
 
     name = "hdpo"
-    Config = Config
+    Config = HdpoConfig
+    config: HdpoConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: HdpoConfig):
         super().__init__(config)
         self._advantages: dict[str, float] = {}
         self._weight = 0.0
@@ -131,7 +98,7 @@ class Hdpo(Method):
         """Raises:
         TrainingError: a rollout lacks the reward that says what is correct.
         """
-        config: Any = self.config
+        config = self.config
         rollouts = batch.with_role(SOLUTION).rollouts
         correct = np.array([self._is_correct(rollout) for rollout in rollouts], dtype=bool)
         spent = costs([rollout.completion for rollout in rollouts], config.cost)

@@ -219,7 +219,7 @@ class Mel(Method):
         key = f"{request.group}.{ANALYSIS}.{wrong.index}.{right.index}"
         example = replace(example, id=f"{example.id}#{key}")
         ids = self._encode(example, context)
-        cap = self.config.max_tokens or request.sampling.max_tokens
+        cap = self.config.max_tokens or context.sampling.max_tokens
         room = context.engine.max_model_len - cap
         if len(ids) > min(self.config.max_prompt or room, room):
             return None
@@ -300,10 +300,12 @@ class Mel(Method):
         place = f"{pair.wrong.index}.{pair.right.index}"
         example = replace(example, id=f"{example.id}#{pair.group}.{REPLAY}.{place}")
         ids = self._encode(example, context)
-        if len(ids) + solution.sampling.max_tokens > context.engine.max_model_len:
+        # The stage's cap: that of the solution is smaller where it went on from a prefix, or was cut.
+        cap = context.sampling.max_tokens
+        if len(ids) + cap > context.engine.max_model_len:
             return None
         seed = derive_seed(pair.question.sampling.seed, REPLAY)
-        sampling = replace(solution.sampling, n=self.config.replays, seed=seed)
+        sampling = replace(solution.sampling, n=self.config.replays, max_tokens=cap, seed=seed)
         return RolloutRequest(ids, example, f"{pair.group}.{REPLAY}", sampling, REPLAY)
 
     def is_verified(self, candidate: Candidate) -> bool:

@@ -24,16 +24,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
-from pydantic import Field
 
 from posttrain.data.episodes import token_places
 from posttrain.methods.base import Channel, Method, RolloutPlan, StepContext
-from posttrain.recipe.data_schema import Section
-from posttrain.recipe.mrt_schema import ProbeConfig
+from posttrain.recipe.mrt_schema import FROM_PREFIX, MrtConfig
 from posttrain.rollout.probes import PROBE, Cut, MetaProver, success
 from posttrain.rollout.types import Fork, Rollout, RolloutBatch, RolloutRequest, derive_seed
 from posttrain.training.advantages import BatchStats, Floats
@@ -50,29 +48,6 @@ from posttrain.training.progress import (
 SOLUTION = "solution"
 TERMINATE = "terminate"
 """Role of the forced answers that are trained on (`implicit_group`)."""
-Mode = Literal["implicit_group", "termination_baseline", "explicit", "online", "backtrack"]
-FROM_PREFIX = ("implicit_group", "termination_baseline", "explicit")
-
-
-class MRTConfig(Section):
-    """Options of MRT."""
-
-    mode: Literal["implicit_group", "termination_baseline", "explicit", "online", "backtrack"] = (
-        "implicit_group"
-    )
-    """See the module. `explicit` and `online` credit single episodes, the first two do not."""
-    alpha: float = Field(default=1.0, ge=0.0)
-    """Weight of the progress; the value of MRT-online. The paper's own is not published."""
-    probes: ProbeConfig = ProbeConfig()
-    """How traces are cut and forced answers are asked for."""
-    refresh_steps: int = Field(default=50, ge=1)
-    """A prompt's stored trace, which prefixes are cut from, is replaced once it is this many steps old."""
-    train_on_terminations: bool = True
-    """`implicit_group` trains on the forced answers too: they are on-policy samples of the same group."""
-    credit: Literal["local", "to_go"] = "local"
-    """`online`: an episode gets its own progress, or all from it on."""
-    backtrack: str = r"^Backtrack to (?:(?:Line|Node|Step) \d+|(?:the )?beginning)"
-    """`backtrack`: regular expression of the line that returns to an earlier step."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +65,11 @@ class MRT(Method):
     """See the module."""
 
     name = "mrt"
-    Config = MRTConfig
+    Config = MrtConfig
 
-    def __init__(self, config: MRTConfig):
+    def __init__(self, config: MrtConfig):
         super().__init__(config)
-        self.config: MRTConfig = config
+        self.config: MrtConfig = config
         self.traces: dict[str, Trace] = {}
 
     def plan(self, plan: RolloutPlan, context: StepContext) -> RolloutPlan:

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.recipe.data_schema import DataSource, Section
+from posttrain.recipe.mrt_schema import FROM_PREFIX
 from posttrain.recipe.schema import PolicyStage, Recipe
 
 
@@ -94,13 +95,8 @@ OPTIONS = AmftConfig
 
 def problems(recipe: Recipe, stage: PolicyStage) -> Iterator[tuple[str, str]]:
     """Keys and sentences on what AMFT cannot be combined with, or is not made for."""
-    index, options = next(
-        (number, method["amft"])
-        for number, method in enumerate(stage.methods)
-        if isinstance(method, dict) and "amft" in method
-    )
+    where, options = stage.method_options("amft") or ("", {})
     config = AmftConfig.model_validate(options)
-    where = f"methods[{index}].amft"
     if recipe.tools is not None:
         yield (
             "tools",
@@ -119,3 +115,14 @@ def problems(recipe: Recipe, stage: PolicyStage) -> Iterator[tuple[str, str]]:
             f"{where}.held_out.data",
             "these are the problems of the evaluation: mu would be fitted on them.",
         )
+    yield from _order(stage, config, where)
+
+
+def _order(stage: PolicyStage, config: AmftConfig, where: str) -> Iterator[tuple[str, str]]:
+    """In steps of imitation alone nothing is sampled, unless a method before this one does so in its plan."""
+    alone = config.warmup_steps > 0 if config.schedule is None else 1.0 in config.schedule.values()
+    for name in stage.method_names[: stage.method_names.index("amft")] if alone else []:
+        options = (stage.method_options(name) or ("", {}))[1]
+        prefixes = name == "mrt" and options.get("mode", FROM_PREFIX[0]) in FROM_PREFIX
+        if prefixes or (name == "masa" and options.get("efficient") is not None):
+            yield where, f"{name} would sample for steps of imitation alone: list amft before it."

@@ -16,13 +16,15 @@ from urllib.parse import urlsplit
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.recipe.check_methods import method_problems
 from posttrain.recipe.data_schema import SOURCE_KINDS
+from posttrain.recipe.gate_schema import gate_problems
 from posttrain.recipe.load import LoadedRecipe
 from posttrain.recipe.model_info import read_model_info
 from posttrain.recipe.nodes import Problem
-from posttrain.recipe.preference_schema import PreferenceStage
+from posttrain.recipe.preference_schema import PairStage
 from posttrain.recipe.schema import (
     ROW_WRITERS,
     DataSource,
+    DpoStage,
     EvaluateStage,
     HardSubsetStage,
     PolicyStage,
@@ -45,8 +47,10 @@ Finding = tuple[str, str]
 
 STAGE_KINDS = tuple(StageSpec.model_fields)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-PAIRS = r"stages\[\d+\]\.(annotate_preferences|reward_model)\."
+PAIRS = r"stages\[\d+\]\.(annotate_preferences|reward_model|dpo)\."
 """Keys of data sources whose rows are preference pairs."""
+DPO_TREATMENTS = ("none", "drop", "flip")
+"""Treatments of suspect pairs that DPO's loss can follow."""
 SAMPLE_ROWS = 20
 """Rows of a jsonl file whose columns are looked at."""
 
@@ -86,8 +90,11 @@ def find_problems(recipe: Recipe, kinds: Collection[str]) -> Iterator[Finding]:
             yield from _policy(recipe, stage, key)
         elif isinstance(stage, EvaluateStage):
             yield from _evaluate(recipe, stage, key)
-        elif isinstance(stage, PreferenceStage):
-            yield from _preferences(stage, key)
+            yield from gate_problems(recipe, index, stage, key)
+        elif isinstance(stage, PairStage):
+            yield from _pairs(stage, key)
+            if isinstance(stage, DpoStage):
+                yield from _dpo(recipe, stage, key)
         elif isinstance(stage, StarStage):
             yield from _star(recipe, stage, key)
         elif isinstance(stage, SoarStage | HardSubsetStage):
@@ -375,8 +382,7 @@ def _policy(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[Finding]:
         yield f"{key}.overlap", f"{text}; vllm_server and transformers can."
     if stage.overlap and stage.loss.importance.mode == "none":
         yield f"{key}.overlap", "rollouts of older weights need the correction: loss.importance.mode is none."
-    for index, method in enumerate(stage.methods):
-        yield from method_problems(recipe, stage, key, f"methods[{index}]", method)
+    yield from method_problems(recipe, stage, key)
 
 
 def _decoupled(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[Finding]:
@@ -391,17 +397,28 @@ def _decoupled(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[Finding
         yield f"{key}.loss.scale", "reward_options.combine normalize_then_sum scales advantages itself."
 
 
-def _preferences(stage: PreferenceStage, key: str) -> Iterator[Finding]:
+def _pairs(stage: PairStage, key: str) -> Iterator[Finding]:
     if stage.micro_batch_size is not None and stage.micro_batch_size > stage.batch_size:
         yield f"{key}.micro_batch_size", f"is larger than batch_size {stage.batch_size}."
     sources = {"data": stage.data, "eval": getattr(stage, "eval", None)}
     for name, source in sources.items():
         if source is not None and (source.task is not None or source.reasoning_gym is not None):
             yield f"{key}.{name}", "has problems and no preference pairs."
-    if stage.model is not None and is_local(stage.model.path):
-        folder = Path(stage.model.path).expanduser()
+    start = getattr(stage, "model", None)
+    if start is not None and is_local(start.path):
+        folder = Path(start.path).expanduser()
         if not (folder / "config.json").is_file():
-            yield f"{key}.model.path", f"there is no model in {stage.model.path}."
+            yield f"{key}.model.path", f"there is no model in {start.path}."
+
+
+def _dpo(recipe: Recipe, stage: DpoStage, key: str) -> Iterator[Finding]:
+    yield from sft_problems(recipe, stage, key)
+    for spec in recipe.stages:
+        votes = spec.annotate_preferences
+        if votes is not None and votes.name == stage.data.stage and votes.treatment not in DPO_TREATMENTS:
+            text = f"stage {votes.name} gives its pairs margins or soft targets ({votes.treatment})"
+            known = ", ".join(DPO_TREATMENTS)
+            yield f"{key}.data.stage", f"{text}, which dpo does not know: take one of {known}."
 
 
 def _star(recipe: Recipe, stage: StarStage, key: str) -> Iterator[Finding]:

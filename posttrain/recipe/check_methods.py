@@ -16,14 +16,24 @@ from posttrain.recipe.schema import PolicyStage, Recipe
 from posttrain.recipe.spelling import did_you_mean
 
 
-def method_problems(
+def method_problems(recipe: Recipe, stage: PolicyStage, key: str) -> Iterator[tuple[str, str]]:
+    """Keys and sentences about a stage's `methods`."""
+    for index, (name, method) in enumerate(zip(stage.method_names, stage.methods, strict=True)):
+        if name in stage.method_names[:index]:
+            yield f"{key}.methods[{index}]", f"{name} is listed twice."
+        else:
+            yield from _entry_problems(recipe, stage, key, f"methods[{index}]", method)
+
+
+def _entry_problems(
     recipe: Recipe, stage: PolicyStage, key: str, place: str, method: str | Mapping[str, dict[str, Any]]
 ) -> Iterator[tuple[str, str]]:
-    """Keys and sentences about one entry of a stage's `methods`: its name, options and company.
+    """Keys and sentences about one entry: its name, options and company.
 
     Options are looked at where a method has them in a module of their own, `posttrain.recipe.NAME_schema`:
     `OPTIONS` is their class, and `problems(recipe, stage)`, if there is one, says what the method cannot be
-    combined with, by keys of the stage or `tools`.
+    combined with, by keys of the stage or `tools`: other methods included, since which of them go together
+    depends on their options.
     """
     name = method if isinstance(method, str) else next(iter(method))
     if (problem := _name_problem(name)) is not None:

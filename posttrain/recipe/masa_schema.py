@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from posttrain.recipe.data_schema import Section
 from posttrain.recipe.meta_schema import AlignmentConfig, MetaFormat
 from posttrain.recipe.stage_schema import CorrectConfig
+
+if TYPE_CHECKING:
+    from posttrain.recipe.schema import PolicyStage, Recipe
 
 
 class GuardConfig(Section):
@@ -89,3 +93,18 @@ class MasaConfig(Section):
     """None stays in the parallel phase."""
     experts: ExpertConfig | None = None
     """None clones nothing, as version 2."""
+
+
+OPTIONS = MasaConfig
+
+
+def problems(recipe: Recipe, stage: PolicyStage) -> Iterator[tuple[str, str]]:
+    """What of a recipe and a policy stage MASA cannot be combined with: keys and sentences."""
+    where, options = stage.method_options("masa") or ("", {})
+    efficient = MasaConfig.model_validate(options).efficient
+    mrt = stage.method_options("mrt")
+    if efficient is not None and efficient.hints and mrt is not None and mrt[1].get("mode") == "online":
+        text = (
+            "gives every solution a prompt of its own, and mrt online forces first answers once for a problem"
+        )
+        yield f"{where}.efficient.hints", f"{text}: take false."

@@ -1,12 +1,17 @@
-"""The part of the recipe's schema about thinking traces: episodes, forced answers, filtering of traces."""
+"""The part of the recipe's schema about thinking traces: episodes, forced answers, filtering of traces, and
+the options of the method `mrt`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from posttrain.recipe.data_schema import DataSource, Section
+
+if TYPE_CHECKING:
+    from posttrain.recipe.schema import PolicyStage, Recipe
 
 MARKERS = [
     "Wait",
@@ -116,3 +121,64 @@ class StarStage(Section):
     """Rows that are written at most; for comparisons at an equal number of demonstrations."""
     probes: ProbeConfig = ProbeConfig.model_construct()
     """How traces are cut and forced answers are asked for."""
+
+
+FROM_PREFIX = ("implicit_group", "termination_baseline", "explicit")
+"""Modes of MRT whose rollouts go on from prefixes of earlier traces."""
+
+
+class MrtConfig(Section):
+    """Options of MRT."""
+
+    mode: Literal["implicit_group", "termination_baseline", "explicit", "online", "backtrack"] = (
+        "implicit_group"
+    )
+    """See `posttrain.methods.mrt`. `explicit` and `online` credit single episodes, the first two do not."""
+    alpha: float = Field(default=1.0, ge=0.0)
+    """Weight of the progress; the value of MRT-online. The paper's own is not published."""
+    probes: ProbeConfig = ProbeConfig.model_construct()
+    """How traces are cut and forced answers are asked for."""
+    refresh_steps: int = Field(default=50, ge=1)
+    """A prompt's stored trace, which prefixes are cut from, is replaced once it is this many steps old."""
+    train_on_terminations: bool = True
+    """`implicit_group` trains on the forced answers too: they are on-policy samples of the same group."""
+    credit: Literal["local", "to_go"] = "local"
+    """`online`: an episode gets its own progress, or all from it on."""
+    backtrack: str = r"^Backtrack to (?:(?:Line|Node|Step) \d+|(?:the )?beginning)"
+    """`backtrack`: regular expression of the line that returns to an earlier step."""
+
+
+OPTIONS = MrtConfig
+
+
+def problems(recipe: Recipe, stage: PolicyStage) -> Iterator[tuple[str, str]]:
+    """What of a recipe and a policy stage MRT cannot be combined with: keys and sentences."""
+    where, options = stage.method_options("mrt") or ("", {})
+    mode = MrtConfig.model_validate(options).mode
+    if mode in FROM_PREFIX:
+        yield from _prefix_problems(stage, mode)
+    if mode == "online":
+        return  # its progress is a channel of its own; the other modes make the outcome's advantages
+    if recipe.reward_options.combine == "normalize_then_sum":
+        text = f"{mode} is made of the summed reward, and reward_options.combine asks for each by itself"
+        yield f"{where}.mode", f"{text}: take sum_then_normalize, or mode online."
+    hdpo = stage.method_options("hdpo")
+    if hdpo is not None and hdpo[1].get("combine") == "advantage":
+        text = f"mrt {mode} makes the advantages of the outcome, and so does combine advantage"
+        yield f"{hdpo[0]}.combine", f"{text}: take loss, which adds a loss of its own."
+
+
+def _prefix_problems(stage: PolicyStage, mode: str) -> Iterator[tuple[str, str]]:
+    """What does not go with rollouts that begin in the middle of a solution."""
+    if stage.dynamic_sampling:
+        text = f"mrt {mode} begins at prefixes, and prompts that are put in the place of others have none"
+        yield "dynamic_sampling", f"{text}: it takes 0."
+    if mode == "implicit_group" and stage.group_size == 1:
+        yield "group_size", "mrt implicit_group forces half of a group to answer, so it takes 2 or more."
+    if (masa := stage.method_options("masa")) is not None:
+        text = f"mrt {mode} samples the ends of solutions, and masa asks about whole ones"
+        yield masa[0], f"{text}: take mrt's mode online or backtrack."
+    mel = stage.method_options("mel")
+    if mel is not None and mel[1].get("target") == "solution":
+        text = f"mrt {mode} samples the ends of solutions, which cannot be learned from the problem alone"
+        yield f"{mel[0]}.target", f"{text}: take another target."

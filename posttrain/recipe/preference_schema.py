@@ -1,4 +1,4 @@
-"""The part of the recipe's schema about preferences: reward models, and how reliable their data is."""
+"""The part of the recipe's schema about preferences: DPO, reward models, and how reliable their data is."""
 
 from __future__ import annotations
 
@@ -13,21 +13,17 @@ from posttrain.recipe.stage_schema import OptimizerConfig
 Treatment = Literal["none", "drop", "flip", "smooth", "margin", "smooth_margin"]
 
 REWARD_OPTIMIZER: dict[str, Any] = {"learning_rate": 1e-5, "schedule": "cosine"}
+DPO_OPTIMIZER: dict[str, Any] = {"learning_rate": 1e-6, "schedule": "linear", "warmup_steps": 10}
 
 
-class PreferenceStage(Section):
-    """What the stages that train on preference pairs have in common."""
+class PairStage(Section):
+    """What all stages that train on preference pairs have in common."""
 
     name: str
     """Name of the stage in the run folder; different for every stage of a recipe."""
     data: DataSource
     """Pairs: columns `prompt` (see `columns.prompt`), `chosen` and `rejected`, text or messages; optionally
     `margin`, `target` and `weight`. Rows of weight 0 are left out."""
-    model: ModelConfig | None = None
-    """What to start from: a language model, which gets a new scalar head, or a sequence-classification
-    checkpoint with one label. None is the policy that the stage before handed on."""
-    lora: LoraConfig | None = None
-    """Train an adapter and the head alone; both are merged into what is saved. None trains all weights."""
     epochs: float = Field(default=1.0, gt=0.0)
     """Passes over the pairs. 1: with more the model learns noisy labels by heart (Wang et al., "Secrets of
     RLHF in large language models, part II", 2024)."""
@@ -39,6 +35,42 @@ class PreferenceStage(Section):
     """Pairs of one forward pass on one device; None is all of the device's share."""
     max_length: int | None = Field(default=None, ge=2)
     """Tokens of a prompt with its answer; longer pairs are an error. None is the model's context."""
+
+
+class DpoStage(PairStage):
+    """Train the policy on preference pairs without a reward model (DPO, Rafailov et al., arXiv:2305.18290),
+    by TRL's DPOTrainer. The reference is the policy that the stage before handed on.
+
+    Of the columns `target` and `margin` only target 0 (the other way round) is known to DPO.
+    """
+
+    name: str = "dpo"
+    """Name of the stage in the run folder; different for every stage of a recipe."""
+    beta: float = Field(default=0.1, gt=0.0)
+    """How much the policy is held to the reference; the paper's 0.1."""
+    optimizer: OptimizerConfig = OptimizerConfig.model_construct(**DPO_OPTIMIZER)
+    """Defaults here: learning rate 1e-6, as in the paper, and a linear schedule after 10 steps of warm-up."""
+    log_every: int = Field(default=10, ge=1)
+    """Optimiser steps between two lines of metrics."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """A checkpoint every so many optimiser steps; None writes one only when the run is asked to stop."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """The newest ones that are kept: the last may turn out damaged, then the one before is used."""
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _supervised_defaults(cls, optimizer: Any) -> Any:
+        return {**DPO_OPTIMIZER, **optimizer} if isinstance(optimizer, dict) else optimizer
+
+
+class PreferenceStage(PairStage):
+    """What the stages have in common that train reward models."""
+
+    model: ModelConfig | None = None
+    """What to start from: a language model, which gets a new scalar head, or a sequence-classification
+    checkpoint with one label. None is the policy that the stage before handed on."""
+    lora: LoraConfig | None = None
+    """Train an adapter and the head alone; both are merged into what is saved. None trains all weights."""
     optimizer: OptimizerConfig = OptimizerConfig.model_construct(**REWARD_OPTIMIZER)
     """Defaults here: learning rate 1e-5 and a cosine schedule."""
 

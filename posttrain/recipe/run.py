@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from posttrain.errors import RecipeError, Stopped
+from posttrain.methods.base import load_methods
 from posttrain.recipe.check import require_runnable
+from posttrain.recipe.gates import decide_gate, require_passed
 from posttrain.recipe.load import LoadedRecipe, dump_recipe
 from posttrain.recipe.run_state import FinishedStage, RunLock, RunState, check_folder, make_folder
 from posttrain.recipe.schema import Recipe, RewardSpec
@@ -32,6 +35,7 @@ def run_recipe(loaded: LoadedRecipe, *, overwrite: bool = False) -> Path:
 
     Raises:
         RecipeError: the run folder exists already and `overwrite` is off, or another process works in it.
+        GateFailed: a stage did not pass its gate; the later ones were not run.
         PosttrainError: a stage failed in a way its message explains.
         Stopped: a signal asked to stop; the run can be resumed.
     """
@@ -52,7 +56,9 @@ def evaluate_model(loaded: LoadedRecipe, *, overwrite: bool = False) -> Path:
         raise RecipeError(f"recipe {recipe.name!r} has no evaluate stage")
     evaluated = Path(recipe.model.adapter or recipe.model.path).name
     folder = Path(recipe.output_dir) / f"{recipe.name}-evaluate-{evaluated}"
-    return _begin(recipe.model_copy(update={"stages": stages[-1:]}), folder, overwrite)
+    alone = stages[-1].config.model_copy(update={"advance_if": None})  # there is nothing to compare with
+    stage = stages[-1].model_copy(update={"evaluate": alone})
+    return _begin(recipe.model_copy(update={"stages": [stage]}), folder, overwrite)
 
 
 def resume_run(loaded: LoadedRecipe, run_dir: Path) -> Path:
@@ -65,7 +71,7 @@ def resume_run(loaded: LoadedRecipe, run_dir: Path) -> Path:
         PosttrainError, Stopped: as `run_recipe`.
     """
     require_runnable(loaded)
-    rewards = _load_rewards(loaded.recipe)
+    rewards = _load_code(loaded.recipe)
 
     def open_run(lock: RunLock) -> RunState:
         lock.acquire()
@@ -76,11 +82,14 @@ def resume_run(loaded: LoadedRecipe, run_dir: Path) -> Path:
     return _run(loaded.recipe, run_dir, open_run)
 
 
-def _load_rewards(recipe: Recipe) -> list[RewardInfo]:
-    """A reward that cannot be loaded must not be found out after an hour of another stage.
+def _load_code(recipe: Recipe) -> list[RewardInfo]:
+    """A reward or method that cannot be loaded must not be found out after an hour of another stage.
 
-    Those whose model a stage of the recipe has yet to train are left out.
+    Rewards whose model a stage of the recipe has yet to train are left out.
     """
+    for spec in recipe.stages:
+        if spec.policy is not None:
+            load_methods(spec.policy.methods)
     options = recipe.reward_options.model_copy(update={"workers": 1, "max_outage": 0.0})
     trained = recipe.trained_rewards(len(recipe.stages))
     infos: dict[str, RewardInfo] = {}
@@ -110,7 +119,7 @@ def _distinct(recipe: Recipe) -> list[list[RewardSpec]]:
 def _begin(recipe: Recipe, run_dir: Path, overwrite: bool) -> Path:
     start_processes()
     on_first_rank(lambda: check_folder(run_dir, overwrite=overwrite))  # before rewards take seconds to load
-    rewards = _load_rewards(recipe)
+    rewards = _load_code(recipe)
 
     def open_run(lock: RunLock) -> RunState:
         make_folder(run_dir, lock, overwrite=overwrite)
@@ -167,9 +176,12 @@ def _run_stages(
             )
             result = importlib.import_module(f"posttrain.stages.{spec.kind}").run(spec.config, context)
             seconds = context.clock.seconds()
-            state.stages.append(FinishedStage(name, spec.kind, result.model, result.summary, seconds))
+            summary = result.summary | on_first_rank(partial(decide_gate, recipe, index, run_dir))
+            state.stages.append(FinishedStage(name, spec.kind, result.model, summary, seconds))
             on_first_rank(lambda: state.write(run_dir))
-            progress.finished(name, result.summary, seconds)
+            progress.finished(name, summary, seconds)
+        # Again for a stage that was finished before: a run that a gate has stopped stays stopped.
+        on_first_rank(partial(require_passed, state.stages[index], progress.say))
         model = state.stages[index].model
 
 

@@ -19,6 +19,7 @@ from posttrain.recipe.model_schema import LoraConfig as LoraConfig
 from posttrain.recipe.model_schema import ModelConfig as ModelConfig
 from posttrain.recipe.mrt_schema import StarStage as StarStage
 from posttrain.recipe.preference_schema import AnnotatePreferencesStage as AnnotatePreferencesStage
+from posttrain.recipe.preference_schema import DpoStage as DpoStage
 from posttrain.recipe.preference_schema import RewardModelStage as RewardModelStage
 from posttrain.recipe.rewards_schema import RewardModelConfig as RewardModelConfig
 from posttrain.recipe.rewards_schema import RewardOptions as RewardOptions
@@ -108,6 +109,7 @@ class StageSpec(Section):
     """One entry of `stages`: exactly one kind of stage."""
 
     sft: SftStage | None = None
+    dpo: DpoStage | None = None
     policy: PolicyStage | None = None
     evaluate: EvaluateStage | None = None
     annotate_preferences: AnnotatePreferencesStage | None = None

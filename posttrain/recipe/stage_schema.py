@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.recipe.data_schema import DataSource, Section
+from posttrain.recipe.gate_schema import StageGate
 from posttrain.recipe.meta_schema import MetaEvaluation
 from posttrain.recipe.mrt_schema import THINKING_METRICS, ThinkingConfig
 from posttrain.recipe.pareto_schema import FORECAST_METRICS, ParetoConfig
@@ -172,6 +173,19 @@ class PolicyStage(Section):
                 raise ValueError("an entry is a method's name, or {name: {option: value}} with one name")
         return methods
 
+    @property
+    def method_names(self) -> list[str]:
+        """Names of the methods, in their order."""
+        return [method if isinstance(method, str) else next(iter(method)) for method in self.methods]
+
+    def method_options(self, name: str) -> tuple[str, dict[str, Any]] | None:
+        """Key below the stage and options of a method, as they were written; None where it is not used."""
+        if name not in self.method_names:
+            return None
+        index = self.method_names.index(name)
+        method = self.methods[index]
+        return f"methods[{index}].{name}", {} if isinstance(method, str) else method[name]
+
 
 class CorrectConfig(Section):
     """What counts as correct in an evaluation."""
@@ -216,6 +230,17 @@ class EvaluateStage(Section):
     correct: CorrectConfig = CorrectConfig.model_construct()
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
     """Coverage of the intervals."""
+    advance_if: str | None = None
+    """Gate: the run goes on only if this holds, as `pass@1 > baseline`. A metric with a value for every
+    problem (`pass@K`, `maj@K`, `greedy`, `mean_length`), `>` or `<`, and the name of an earlier evaluation
+    of the same problems; `baseline` is the first of the recipe. It holds if the whole interval of the paired
+    difference, this stage minus that one, is above (below) 0, or with `+ 0.02` or `- 0.02` behind above
+    (below) that: `pass@1 > baseline - 0.02` lets through what is no more than two points worse."""
+
+    @field_validator("advance_if")
+    @classmethod
+    def _can_be_read(cls, gate: str | None) -> str | None:
+        return None if gate is None else str(StageGate.parse(gate))
 
     @field_validator("rewards", mode="before")
     @classmethod

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from posttrain.recipe.pareto_schema import FORECAST_METRICS
-from posttrain.recipe.schema import EvaluateStage, Recipe, SftStage, ZipRcStage
+from posttrain.recipe.schema import DpoStage, EvaluateStage, Recipe, SftStage, ZipRcStage
 from posttrain.recipe.spelling import did_you_mean
 
 
@@ -38,8 +38,8 @@ def forecast_problems(recipe: Recipe, stage: EvaluateStage, key: str) -> Iterato
         yield f"{key}.metrics", text
 
 
-def sft_problems(recipe: Recipe, stage: SftStage, key: str) -> Iterator[tuple[str, str]]:
-    """Keys and sentences about a model with forecasts, whose slice supervised fine-tuning would train."""
+def sft_problems(recipe: Recipe, stage: SftStage | DpoStage, key: str) -> Iterator[tuple[str, str]]:
+    """Keys and sentences about a model with forecasts, whose slice a trainer of TRL's would train."""
     before = _forecasters(recipe, stage)
     if before:
         yield key, f"comes after stage {before[0]}, but normalises over its slice: train forecasts last."
@@ -47,7 +47,7 @@ def sft_problems(recipe: Recipe, stage: SftStage, key: str) -> Iterator[tuple[st
         yield key, f"normalises over the slice of the forecasts of {recipe.model.path}: train forecasts last."
 
 
-def _forecasters(recipe: Recipe, stage: EvaluateStage | SftStage) -> list[str]:
+def _forecasters(recipe: Recipe, stage: EvaluateStage | SftStage | DpoStage) -> list[str]:
     """Names of the stages before this one that train forecasts."""
     before = recipe.stages[: [spec.config for spec in recipe.stages].index(stage)]
     return [spec.config.name for spec in before if spec.kind == "zip_rc"]

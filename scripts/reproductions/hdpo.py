@@ -33,7 +33,7 @@ from reproductions.common import ROOT, Saved, at_equal_tokens, claim, model_of, 
 
 from posttrain.data.calculator import FAMILIES
 from posttrain.data.sources import load_examples
-from posttrain.methods.hdpo import Config
+from posttrain.recipe.hdpo_schema import HdpoConfig
 from posttrain.recipe.load import load_recipe
 from posttrain.recipe.schema import ModelConfig, Recipe
 from posttrain.rollout.build import load_model, load_tokenizer
@@ -340,7 +340,7 @@ def report(
         "seconds": {name: of("seconds", rows) for name, rows in listed.items()},
         "arms": {name: {key: of(key, rows) for key in rows[0]} for name, rows in listed.items()},
         "criteria": {name + (" (noisy)" if noisy else ""): met for (name, noisy), met in verdicts.items()},
-        "options": Config().model_dump(),
+        "options": HdpoConfig().model_dump(),
         "claims": [
             claim("hdpo calls on easy problems", "<= 0.10", easy, statistics.mean(easy) <= 0.10),
             claim("accuracy alone calls on easy problems", ">= 0.80", kept, statistics.mean(kept) >= 0.80),

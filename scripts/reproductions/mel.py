@@ -292,7 +292,8 @@ def in_context(engine: TransformersEngine, tokenizer: Any, place: Place, seed: i
     """
     config = MelConfig(weight=0.0, prompts=place.format, max_tokens=place.experience_tokens)
     method, log = Mel(config), dict[str, float]()
-    context = StepContext(0, engine, tokenizer, None, np.random.default_rng(0), log.__setitem__, place.score)
+    rng, sampling = np.random.default_rng(0), Sampling(place.solution_tokens)
+    context = StepContext(0, engine, tokenizer, None, rng, log.__setitem__, place.score, sampling=sampling)
     requests = [
         RolloutRequest(
             encode_prompt(e, tokenizer), e, f"0.{i}",

@@ -161,6 +161,42 @@ def test_a_batch_can_be_sampled_ahead(runs, tmp_path, model):
     assert versions == [{0}, {0}, {1}]
 
 
+def test_a_gate_that_is_not_passed_stops_the_run_and_resume_says_so(runs, tmp_path, model):
+    """The model stays the same, and with it every answer: no worse than before, and no better."""
+    recipe = write_recipe(tmp_path, model)
+    stages = ", ".join(
+        f"{{evaluate: {{name: {name}, samples: 2, metrics: [pass@1, mean_length]{gate}}}}}"
+        for name, gate in (
+            ("first", ""),
+            ("no-worse", ", advance_if: pass@1 > baseline - 0.5"),
+            ("better", ", advance_if: mean_length < no-worse"),
+            ("never", ""),
+        )
+    )
+    run = tmp_path / "small"
+    stopped = runs.run("train", str(recipe), f"stages=[{stages}]")
+    state = json.loads((run / "state.json").read_text())
+    resumed = runs.run("resume", str(run))
+    sentence = (
+        "03-better stops the run: its gate mean_length < no-worse was not passed, since the 95% interval of "
+        "the paired difference over 12 problems, [+0.000, +0.000], is not below 0."
+    )
+    for ended in (stopped, resumed):
+        assert ended.code == 3, ended.output
+        lines = [line.strip() for line in ended.output.splitlines()]
+        assert lines[-1] == sentence
+        assert any(line.startswith("gate pass@1 > baseline - 0.5: passed, the 95% in") for line in lines)
+        assert [line.split()[0] for line in lines[-4:-1]] == ["metric", "mean_length", "pass@1"]
+        assert lines[-4].split()[1:] == ["02-no-worse", "03-better", "difference", "interval", "problems"]
+    assert [stage["stage"] for stage in state["stages"]] == ["01-first", "02-no-worse", "03-better"]
+    decided = [stage["summary"].get("gate", {}).get("passed") for stage in state["stages"]]
+    assert decided == [None, True, False]
+    assert not state["finished"]
+    assert json.loads((run / "state.json").read_text()) == state
+    assert not (run / "summary.json").exists()
+    assert not (run / "rollouts" / "04-never").exists()
+
+
 def test_an_existing_run_is_not_touched_without_being_told_to(runs, tmp_path, model):
     recipe = write_recipe(tmp_path, model)
     (tmp_path / "small").mkdir()

@@ -9,7 +9,8 @@ from reproductions.hdpo_table import Arm, train
 
 from posttrain.errors import TrainingError
 from posttrain.methods.base import Channel, StepContext
-from posttrain.methods.hdpo import Config, Hdpo, costs, economy, efficiency_advantages
+from posttrain.methods.hdpo import Hdpo, costs, economy, efficiency_advantages
+from posttrain.recipe.hdpo_schema import HdpoConfig
 from posttrain.recipe.schema import LossConfig
 from posttrain.rollout.types import (
     Completion,
@@ -173,7 +174,7 @@ def channels_of(batch, logged=None, **options):
             logged.setdefault(key, []).append(float(value))
 
     context = StepContext(0, None, None, None, np.random.default_rng(0), log, lambda rollouts: None)
-    return Hdpo(Config(**options)).channels(batch, context)
+    return Hdpo(HdpoConfig(**options)).channels(batch, context)
 
 
 def losses(batch, channels, ratio=1.0, loss=None):
@@ -295,11 +296,12 @@ def trained(folder, tmp_path, *methods):
 
 def test_weight_0_and_a_channel_without_signal_are_plain_grpo(folder, tmp_path):
     plain = trained(folder, tmp_path)
-    off = trained(folder, tmp_path, Hdpo(Config(weight=0, threshold=0.5)))
+    off = trained(folder, tmp_path, Hdpo(HdpoConfig(weight=0, threshold=0.5)))
     assert_same_weights(plain, off, tolerance=0)
-    silent = trained(folder, tmp_path, Hdpo(Config(threshold=2.0, normalizer="qualifying")))  # all are wrong
+    all_wrong = HdpoConfig(threshold=2.0, normalizer="qualifying")
+    silent = trained(folder, tmp_path, Hdpo(all_wrong))
     assert_same_weights(plain, silent, tolerance=1e-7)
-    economical = trained(folder, tmp_path, Hdpo(Config(cost="tokens", threshold=0.5, weight=1.0)))
+    economical = trained(folder, tmp_path, Hdpo(HdpoConfig(cost="tokens", threshold=0.5, weight=1.0)))
     assert any((economical[name] != plain[name]).any() for name in plain)
     assert all(torch.isfinite(weight).all() for weight in economical.values())
 
@@ -346,12 +348,12 @@ class Checked(Hdpo):
 
 def test_the_trainer_knows_whether_gradients_will_be_compared():
     changes = ({}, {"compare_gradients": 2}, {"compare_gradients": 2, "weight": 0.0})
-    assert [Hdpo(Config(**change)).compares for change in changes] == [False, True, False]
+    assert [Hdpo(HdpoConfig(**change)).compares for change in changes] == [False, True, False]
 
 
 @pytest.mark.parametrize(("kind", "combine"), [("grpo", "loss"), ("dapo", "loss"), ("dapo", "advantage")])
 def test_gradients_of_the_channels_are_compared_now_and_then(folder, tmp_path, differing, kind, combine):
-    method = Checked(Config(threshold=0.4, weight=0.7, combine=combine, compare_gradients=2))
+    method = Checked(HdpoConfig(threshold=0.4, weight=0.7, combine=combine, compare_gradients=2))
     log = []
     trainer = make_trainer(
         folder,
@@ -372,7 +374,7 @@ def test_what_the_clip_takes_out_of_each_channel(folder, tmp_path, differing):
         folder,
         tmp_path,
         stage=stage.model_copy(update={"steps": 1, "group_size": 8}),
-        methods=[Hdpo(Config(threshold=0.4, normalizer="qualifying"))],
+        methods=[Hdpo(HdpoConfig(threshold=0.4, normalizer="qualifying"))],
         on_log=lambda step, steps, metrics: log.append(metrics),
     )
     trainer.train()

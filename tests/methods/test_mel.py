@@ -98,6 +98,7 @@ def extend(method, engine, batch, **options):
         rng=np.random.default_rng(0),
         log=log.__setitem__,
         score=score,
+        sampling=Sampling(40),
         **options,
     )
     extended = method.extend(batch, context)
@@ -256,7 +257,8 @@ def test_the_groups_advantages():
 def test_mixed_problems_of_a_step():
     """P(mixed) = 1 - p^8 - (1-p)^8 where every problem is solved with probability p."""
     engine = Scripted(lambda request, index: request.example.answer + "!")
-    method, context = mel(), StepContext(0, engine, TOKENIZER, None, None, lambda *_: None, score)
+    method = mel()
+    context = StepContext(0, engine, TOKENIZER, None, None, lambda *_: None, score, sampling=Sampling(40))
     mixed = []
     for right in range(9):
         group = solutions(engine, 1, 8).rollouts
@@ -413,7 +415,7 @@ def test_an_unscored_replay_decides_nothing():
         rollouts[0].reward, rollouts[0].rewards = None, {"right": None}
 
     log = {}
-    context = StepContext(2, engine, TOKENIZER, None, None, log.__setitem__, broken)
+    context = StepContext(2, engine, TOKENIZER, None, None, log.__setitem__, broken, sampling=Sampling(40))
     method.extend(batch, context)
     assert (log["unscored"], log["kept"], log["retention"]) == (0.5, 1, 1.0)
 
