@@ -1,4 +1,4 @@
-"""What a running recipe shows: a progress bar where there is a terminal, and one line a step."""
+"""What a running recipe shows: a dashboard where there is a terminal, else one line a step."""
 
 from __future__ import annotations
 
@@ -10,27 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.console import Console, RenderableType
+from rich.live import Live
 
 from posttrain.errors import Stopped
 from posttrain.redaction import redact
+from posttrain.report.dashboard import HEALTH, Dashboard
 
-HEALTH = (
-    ("loss", "loss", "{:.4f}"),
-    ("reward", "reward", "{:.3f}"),
-    ("completions/mean_length", "length", "{:.1f}"),
-    ("completions/truncated", "truncated", "{:.0%}"),
-    ("groups/zero_variance", "zero-variance", "{:.0%}"),
-    ("rewards/unscored", "unscored", "{:.1%}"),
-    ("entropy", "entropy", "{:.3f}"),
-    ("kl", "kl", "{:.4f}"),
-    ("sampling/logprob_difference", "mismatch", "{:.1e}"),
-    ("mean_token_accuracy", "token accuracy", "{:.3f}"),
-    ("accuracy", "accuracy", "{:.1%}"),
-    ("gap", "gap", "{:.3f}"),
-)
 PHASES = ("generate", "score", "update", "sync")
 
 
@@ -44,38 +30,38 @@ def health_line(metrics: Mapping[str, Any]) -> str:
 
 
 class Progress:
-    """Shows stages as they run and keeps the lines in `logs/run.log`; only the first rank shows anything."""
+    """Shows stages as they run and keeps the lines in `logs/run.log`; only the first rank shows anything.
+
+    A terminal has a dashboard of the stage in place of the lines of its steps.
+    """
 
     def __init__(self, log_dir: Path, *, enabled: bool = True):
         self.enabled = enabled
         self.log_dir = log_dir
         self.console = Console(highlight=False, soft_wrap=True)
         self._file: IO[str] | None = None
-        self._bar: Bar | None = None
+        self._live: Live | None = None
+        self._dashboard: Dashboard | None = None
+        self._last = ""
 
     def __enter__(self) -> Progress:
         if self.enabled:
             self.log_dir.mkdir(parents=True, exist_ok=True)
             self._file = (self.log_dir / "run.log").open("a", encoding="utf-8")
             _quiet_libraries()
-            if self.console.is_terminal:
-                self._bar = Bar(
-                    TextColumn("{task.description}"),
-                    BarColumn(),
-                    MofNCompleteColumn(),
-                    TimeElapsedColumn(),
-                    TimeRemainingColumn(),
-                    console=self.console,
-                    transient=True,
+            if self.console.is_terminal and not self.console.is_dumb_terminal:
+                # Once a second: the processor is needed elsewhere.
+                self._live = Live(
+                    console=self.console, get_renderable=self._draw, refresh_per_second=1, transient=True
                 )
-                self._bar.start()
+                self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
         if self._file is not None:
             if isinstance(error, Stopped):
                 self._file.write(f"   stopped by {error.signal}\n")
@@ -83,30 +69,45 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line on the terminal and in the log, without secrets."""
-        if not self.enabled or self._file is None:
-            return
-        text = redact(text)
-        self.console.print(text, markup=False)
-        self._file.write(text + "\n")
-        self._file.flush()
-        sys.stdout.flush()
+        self._keep(text)
+        self._print(text)
 
     def stage(self, name: str, kind: str) -> Callable[[int, int, dict[str, Any]], None]:
         """Announce a stage. Returns what shows its steps."""
         self.say(f"── {name} ({kind})")
-        task = self._bar.add_task(name, total=None) if self._bar is not None else None
+        self._dashboard = Dashboard(name, kind)
+        self._last = ""
+        return self._show
 
-        def show(step: int, steps: int, metrics: dict[str, Any]) -> None:
-            if self._bar is not None and task is not None:
-                self._bar.update(task, completed=step, total=steps)
-            if "rollouts" in metrics:
-                return
-            if "phase" in metrics:
-                self.say(f"   {metrics['phase']} …")
-            else:
-                self.say(f"   step {step}/{steps}  {health_line(metrics)}")
+    def _show(self, step: int, steps: int, metrics: dict[str, Any]) -> None:
+        if self._dashboard is not None:
+            self._dashboard.show(step, steps, metrics)
+        if self._live is not None:
+            self._live.refresh()
+        if "rollouts" in metrics:
+            return
+        if "phase" in metrics:
+            self.say(f"   {metrics['phase']} …")
+            return
+        line = f"   step {step}/{steps}  {health_line(metrics)}"
+        self._keep(line)
+        if self._live is None:
+            self._print(line)
+        else:
+            self._last = line
 
-        return show
+    def _draw(self) -> RenderableType:
+        return self._dashboard or ""
+
+    def _keep(self, text: str) -> None:
+        if self._file is not None:
+            self._file.write(redact(text) + "\n")
+            self._file.flush()
+
+    def _print(self, text: str) -> None:
+        if self._file is not None:
+            self.console.print(redact(text), markup=False)
+            sys.stdout.flush()
 
     def skipped(self, name: str) -> None:
         """The stage was finished by an earlier attempt at the run."""
@@ -114,9 +115,9 @@ class Progress:
 
     def finished(self, name: str, summary: Mapping[str, Any], seconds: float) -> None:
         """The stage is done; show its results if it has any."""
-        if self._bar is not None:
-            for task in self._bar.task_ids:
-                self._bar.remove_task(task)
+        self._dashboard = None
+        if self._last:  # the dashboard is gone: leave its last numbers
+            self._print(self._last)
         if "evaluation" in summary:
             for metric, value in summary["evaluation"]["metrics"].items():
                 self.say(f"   {metric_line(metric, value)}")
