@@ -20,6 +20,7 @@ from posttrain.training.arguments import optimizer_arguments
 from posttrain.training.collect import Collector
 from posttrain.training.policy import PolicyTrainer
 from posttrain.training.prompts import PromptOrder
+from posttrain.training.trackers import OFF
 
 PROMPTS = [f"{a}+{b}=" for a in range(1, 5) for b in range(1, 5)]
 
@@ -57,6 +58,7 @@ def make_trainer(
     combine="sum_then_normalize",
     engine=None,
     stop=(),
+    tracking=OFF,
     **hooks,
 ):
     stage = stage or PolicyStage(steps=3, prompts_per_step=3, group_size=4)
@@ -81,9 +83,9 @@ def make_trainer(
         logging_steps=1,
         save_strategy="no",
         ignore_data_skip=True,
-        report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        **tracking,
         **optimizer_arguments(stage.optimizer, dtype=torch.float32),
     )
     return PolicyTrainer(

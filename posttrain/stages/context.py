@@ -32,6 +32,7 @@ from posttrain.training.manifest import STAGING, publish
 from posttrain.training.ranks import on_first_rank
 from posttrain.training.record import Clock, MetricsFile, remove_rollouts
 from posttrain.training.stop import StopSignals
+from posttrain.training.trackers import track
 
 ROWS = "rows.parquet"
 """In `data/STAGE`: the rows that a stage wrote for later ones."""
@@ -116,6 +117,10 @@ class StageContext:
         """Write one line of `metrics.jsonl` and show it."""
         self.metrics.write(stage=self.name, kind=self.kind, step=step, metrics=metrics)
         self.show(step, steps, metrics)
+
+    def track(self, part: str = "") -> dict[str, Any]:
+        """The Trainer's arguments for the recipe's trackers; a stage of several trainings names each part."""
+        return track(self.recipe.report_to, self.run_dir, f"{self.name}-{part}" if part else self.name)
 
     def checkpointer(
         self,

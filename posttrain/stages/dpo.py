@@ -8,7 +8,7 @@ new adapter, or a frozen copy of the adapter that is trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from posttrain.training.checkpoint import Checkpointer
 from posttrain.training.distributed import check_backend
 from posttrain.training.load import compute_dtype, load_policy
 from posttrain.training.means import StepMeans
+from posttrain.training.trackers import OFF
 
 
 def prefer(
@@ -41,7 +42,7 @@ def prefer(
     seed: int,
     format: PromptFormat = "auto",
     dtype: torch.dtype = torch.float32,
-    report_to: Sequence[str] = (),
+    tracking: Mapping[str, Any] = OFF,
     log: Callable[[int, int, dict[str, Any]], None] = lambda step, of, metrics: None,
     checkpointer: Checkpointer | None = None,
 ) -> DPOTrainer:
@@ -74,7 +75,7 @@ def prefer(
         save_strategy="no",
         seed=seed,
         disable_tqdm=True,
-        report_to=list(report_to) or "none",
+        **tracking,
         **optimizer_arguments(stage.optimizer, dtype=dtype),
     )
     metrics = StepMeans(stage.log_every, log)
@@ -128,7 +129,7 @@ def run(stage: DpoStage, context: StageContext) -> StageResult:
         seed=context.recipe.seed,
         format=source.format,
         dtype=compute_dtype(context.model),
-        report_to=context.recipe.report_to,
+        tracking=context.track(),
         log=context.log_step,
         checkpointer=checkpointer,
     )

@@ -112,7 +112,7 @@ def _arguments(
         save_strategy="no",  # the checkpointer asks for them
         seed=context.recipe.seed,
         disable_tqdm=True,
-        report_to=list(context.recipe.report_to) or "none",
+        **context.track(),
         remove_unused_columns=False,
         **optimizer_arguments(stage.optimizer, dtype=dtype),
     )

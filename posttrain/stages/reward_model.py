@@ -34,6 +34,7 @@ from posttrain.training.means import StepMeans
 from posttrain.training.preferences import preference_loss
 from posttrain.training.ranks import on_first_rank
 from posttrain.training.record import write_json
+from posttrain.training.trackers import OFF
 
 CONFIDENCE = 0.95
 EncodedPair = dict[str, Any]
@@ -123,7 +124,7 @@ def train_reward_model(
     output_dir: Path | str,
     seed: int,
     dtype: torch.dtype = torch.float32,
-    report_to: Sequence[str] = (),
+    tracking: Mapping[str, Any] = OFF,
     metrics: StepMeans | None = None,
     checkpointer: Checkpointer | None = None,
 ) -> PreferenceTrainer:
@@ -150,7 +151,7 @@ def train_reward_model(
         seed=seed,
         disable_tqdm=True,
         remove_unused_columns=False,  # the trainer would take target and weight away
-        report_to=list(report_to) or "none",
+        **tracking,
         **optimizer_arguments(stage.optimizer, dtype=dtype),
     )
     trainer = PreferenceTrainer(
@@ -229,7 +230,7 @@ def run(stage: RewardModelStage, context: StageContext) -> StageResult:
         output_dir=checkpointer.output_dir,
         seed=context.recipe.seed,
         dtype=compute_dtype(start),
-        report_to=context.recipe.report_to,
+        tracking=context.track(),
         metrics=StepMeans(stage.log_every, context.log_step),
         checkpointer=checkpointer,
     )

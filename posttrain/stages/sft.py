@@ -28,6 +28,7 @@ from posttrain.training.checkpoint import Checkpointer
 from posttrain.training.distributed import check_backend
 from posttrain.training.load import compute_dtype, load_policy
 from posttrain.training.means import StepMeans
+from posttrain.training.trackers import OFF
 
 
 def finetune(
@@ -40,7 +41,7 @@ def finetune(
     seed: int,
     dtype: torch.dtype = torch.float32,
     encode: Callable[[Example], Mapping[str, Any]] | None = None,
-    report_to: Sequence[str] = (),
+    tracking: Mapping[str, Any] = OFF,
     log: Callable[[int, int, dict[str, Any]], None] = lambda step, of, metrics: None,
     checkpointer: Checkpointer | None = None,
 ) -> SFTTrainer:
@@ -80,7 +81,7 @@ def finetune(
         save_strategy="no",
         seed=seed,
         disable_tqdm=True,
-        report_to=list(report_to) or "none",
+        **tracking,
         **optimizer_arguments(stage.optimizer, dtype=dtype),
     )
     metrics = StepMeans(stage.log_every, log)
@@ -128,7 +129,7 @@ def run(stage: SftStage, context: StageContext) -> StageResult:
         seed=context.recipe.seed,
         dtype=compute_dtype(context.model),
         encode=prompts.encode_trace if isinstance(prompts, ToolFormat) else plain,
-        report_to=context.recipe.report_to,
+        tracking=context.track(),
         log=context.log_step,
         checkpointer=checkpointer,
     )

@@ -283,7 +283,7 @@ def _train(
         save_strategy="no",  # the checkpointer asks for them
         seed=recipe.seed,
         disable_tqdm=True,
-        report_to=list(recipe.report_to) or "none",
+        **context.track(part.name),
         remove_unused_columns=False,
         **optimizer_arguments(part.settings.optimizer, dtype=compute_dtype(context.model)),
     )
