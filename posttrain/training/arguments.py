@@ -42,10 +42,12 @@ def optimizer_arguments(optimizer: OptimizerConfig, *, dtype: torch.dtype) -> di
     `dtype` is what the model computes in; bfloat16 is done by autocast, over weights in float32.
     """
     on_cpu = not torch.cuda.is_available()
+    # The library's own "constant" takes no notice of a warm-up.
+    warm_constant = optimizer.schedule == "constant" and optimizer.warmup_steps > 0
     return {
         "optim": optimizer.name,
         "learning_rate": optimizer.learning_rate,
-        "lr_scheduler_type": optimizer.schedule,
+        "lr_scheduler_type": "constant_with_warmup" if warm_constant else optimizer.schedule,
         "warmup_steps": optimizer.warmup_steps,
         "weight_decay": optimizer.weight_decay,
         "adam_beta1": optimizer.betas[0],

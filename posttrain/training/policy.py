@@ -113,6 +113,7 @@ class PolicyTrainer(Trainer):
         self._sampler = ThreadPoolExecutor(1, "posttrain-sampler") if stage.overlap else None
         self._metrics: dict[str, float] = {}
         self._synced_at = 0
+        self._learning_rate = 0.0
         self._bad = False
         self._bad_in_a_row = 0
 
@@ -400,6 +401,7 @@ class PolicyTrainer(Trainer):
 
     def before_optimizer_step(self) -> None:
         """Take the gradients away from an optimiser that must not step, and keep what they came from."""
+        self._learning_rate = self.lr_scheduler.get_last_lr()[0]  # after the step it is the next one's
         if not self._bad:
             finite = torch.tensor([float(finite_gradients(self.model))], device=self.accelerator.device)
             self._bad = self.accelerator.reduce(finite, "sum").item() < self.accelerator.num_processes
@@ -424,7 +426,7 @@ class PolicyTrainer(Trainer):
             return
         loss, learned = self.stage.loss, ("tokens/with_advantage", "tokens/supervised")
         if any(self._metrics[name] for name in learned) or loss.kl or loss.entropy:
-            self.watch.after_step(self.policy, self.lr_scheduler.get_last_lr()[0], self.state.global_step)
+            self.watch.after_step(self.policy, self._learning_rate, self.state.global_step)
         for method, context in zip(self.methods, self._batch.contexts, strict=False):
             method.after_update(context)
 

@@ -161,6 +161,26 @@ def test_weights_that_do_not_move_are_an_error(model_folder, tmp_path):
         trainer.train()
 
 
+def test_a_warm_up_begins_at_zero_which_is_no_error(model_folder, tmp_path):
+    rates = []
+    stage = PolicyStage(
+        steps=3,
+        prompts_per_step=2,
+        group_size=4,
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=2),
+    )
+    trainer = make_trainer(
+        model_folder,
+        tmp_path,
+        stage=stage,
+        on_log=lambda step, steps, metrics: rates.append(metrics["learning_rate"]),
+    )
+    before = weights_of(trainer)
+    trainer.train()
+    assert rates == [0.0, 5e-4, 1e-3]
+    assert any(not torch.equal(before[name], after) for name, after in weights_of(trainer).items())
+
+
 def test_unscored_rollouts_are_drawn_again_with_other_seeds(model_folder, tmp_path):
     seen = []
     records = []
