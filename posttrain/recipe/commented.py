@@ -12,6 +12,9 @@ from posttrain.recipe.nodes import is_plain_text
 
 _SIMPLE = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./@-]*")
 
+_YAML_1_1 = ("yes", "no", "on", "off", "y", "n")
+"""Other readers of YAML take these for true and false."""
+
 
 @dataclass(frozen=True)
 class Commented:
@@ -75,5 +78,5 @@ def _flow(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_flow, value)) + "]"
     if isinstance(value, str) and _SIMPLE.fullmatch(value) and is_plain_text(value):
-        return value
+        return json.dumps(value) if value.lower() in _YAML_1_1 else value
     return json.dumps(value, ensure_ascii=False)

@@ -9,8 +9,10 @@ import pytest
 
 from posttrain.errors import RecipeError
 from posttrain.recipe.check import require_runnable
-from posttrain.recipe.estimate import count_rows, trainable_parameters
+from posttrain.recipe.estimate import count_rows
+from posttrain.recipe.lengths import lengths_of
 from posttrain.recipe.load import load_recipe
+from posttrain.recipe.memory import trainable_parameters
 from posttrain.recipe.model_info import read_model_info
 from posttrain.recipe.plan import Plan, format_plan, make_plan, plan_to_dict
 from posttrain.recipe.schema import DataSource, LoraConfig
@@ -57,17 +59,22 @@ def test_an_upper_bound_counts_replaced_prompts_and_an_explicit_number_of_steps(
 def test_memory_of_full_fine_tuning() -> None:
     parameters = read_model_info(Path("model")).parameters
     assert parameters is not None
-    weights = 2 * parameters  # bfloat16
-    [sft], [sample, update], [evaluate] = plan().memory
-    assert (sft.parts["weights"], sft.parts["gradients"], sft.parts["optimizer"]) == (
+    weights = 4 * parameters  # what is trained is float32, and computed in bfloat16
+    [sft], [generate, update], [evaluate] = plan().memory
+    assert [sft.parts[name] for name in ("weights", "gradients", "optimizer", "casts")] == [
         weights,
         weights,
         2 * weights,
-    )
-    assert sample.parts["reference"] == update.parts["reference"] == weights
-    # 32 sequences of at most 2 × 64 tokens: 4 layers, keys and values of width 64, 2 bytes
-    assert sample.parts["KV cache"] == 32 * 128 * 4 * 2 * 64 * 2
+        weights // 2,
+    ]
+    assert generate.parts["reference"] == update.parts["reference"] == weights // 2
+    assert generate.parts["optimizer"] == update.parts["optimizer"] == 2 * weights
+    # 32 sequences in a cache with room for 64 tokens after the prompt: 4 layers, keys and values of width 64
+    known = lengths_of(DataSource(task="arithmetic", size=1000), "model")
+    assert known is not None
+    assert generate.parts["KV cache"] == 32 * (known.prompt + 64) * 4 * 2 * 64 * 2
     assert "optimizer" not in evaluate.parts
+    assert evaluate.parts["weights"] == weights // 2
     assert update.total == sum(update.parts.values())
 
 
@@ -87,7 +94,7 @@ def test_checkpoints_take_disk() -> None:
     assert without is not None
     assert with_two is not None
     assert parameters is not None
-    assert with_two - without == 2 * 3 * 2 * parameters
+    assert with_two - without == 2 * 3 * 4 * parameters
 
 
 def test_rows_are_counted_where_that_is_cheap() -> None:
@@ -124,15 +131,16 @@ def test_json_has_every_value_with_its_source() -> None:
     assert values["rollout.max_tokens"] == (64, "try.yaml:6:23")
     assert values["rollout.temperature"] == (1.0, "default")
     assert made["stages"][1]["rollouts"] == 320
-    assert {phase["phase"] for phase in made["stages"][1]["memory"]} == {"sample", "update"}
+    assert {phase["phase"] for phase in made["stages"][1]["memory"]} == {"generate", "update"}
 
 
 def test_a_hub_model_is_noted_and_has_no_estimates() -> None:
-    made = plan("model.path=Qwen/Qwen3-0.6B")
+    made = plan("model.path=org/model")
     assert made.memory == []
     assert made.disk is None
-    assert any("Qwen/Qwen3-0.6B is not on this machine" in note for note in made.notes)
-    assert "not on this machine" in format_plan(made)
+    assert any("org/model is not on this machine" in note for note in made.notes)
+    assert any("memory is not known" in risk for risk in made.risks)
+    assert "not on this machine, size unknown" in format_plan(made)
 
 
 def test_a_run_of_the_same_name_is_noted() -> None:
@@ -159,18 +167,19 @@ def test_replicas_are_planned_and_count_in_memory(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "vllm" else find(name))
     three = plan("rollout.engine=vllm_server", "rollout.server.replicas=3", "rollout.kv_cache_gib=2")
     assert "3 × vllm serve on this machine" in format_plan(three)
-    sample = three.memory[1][0].parts
-    assert sample["KV cache"] == 3 * 2 * 2**30
-    assert sample["engine weights"] == 3 * sample["weights"]
+    generate = three.memory[1][0].parts
+    assert generate["KV cache"] == 3 * 2 * 2**30
+    assert generate["engine weights"] == 3 * generate["weights"] // 2  # in bfloat16
 
 
 def test_vllm_keeps_a_second_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "vllm" else find(name))
-    _, [sample, update], _ = plan("rollout.engine=vllm", "rollout.kv_cache_gib=2").memory
-    for phase in (sample, update):
-        assert phase.parts["engine weights"] == phase.parts["weights"]
-        assert phase.parts["KV cache"] == 2 * 2**30
+    _, phases, _ = plan("rollout.engine=vllm", "rollout.kv_cache_gib=2").memory
+    assert [phase.phase for phase in phases] == ["generate", "update", "sync"]
+    for phase in phases:
+        assert phase.parts["engine weights"] == phase.parts["weights"] // 2
+    assert phases[0].parts["KV cache"] == phases[1].parts["KV cache"] == 2 * 2**30
 
 
 def test_only_what_the_wanted_stages_need_is_checked() -> None:
@@ -203,7 +212,7 @@ def test_preferences() -> None:
     """Four votes from three folds are twelve models, each trained on 60 of the 90 pairs in 3 steps."""
     Path("pairs.jsonl").write_text(90 * '{"prompt": "1+1=", "chosen": "2", "rejected": "3"}\n')
     Path("try.yaml").write_text(PREFERENCES)
-    made = plan()
+    made = plan("model.dtype=float32")
     assert [(size.rows, size.steps, size.rollouts) for size in made.sizes] == [
         (90, 12 * 3, None),
         (None, None, None),
@@ -233,3 +242,34 @@ def test_reward_models_are_shown_with_where_they_are() -> None:
         f"reward model tone org/tone, loaded once on this machine, {code}",
         "reward model facts served at http://node1:8000",
     ]
+
+
+def test_a_known_model_is_planned_without_its_files() -> None:
+    made = plan("model={path: Qwen/Qwen3-8B, dtype: bfloat16}")
+    assert "8.19B parameters" in format_plan(made)
+    assert "its shape is known, it is not on this machine" in format_plan(made)
+    update = made.memory[1][1].parts
+    assert update["weights"] / 8_190_735_360 == pytest.approx(4, rel=1e-4)
+    assert any("out of memory on GPUs of 80 GB" in risk for risk in made.risks)
+
+
+def test_tokens_and_operations_of_a_step() -> None:
+    """By hand: 8 prompts × 4 completions × 64 tokens; blocks of 245,760 weights and a head of 256 × 128."""
+    sft, policy, evaluate = plan("model.dtype=float32").costs
+    assert policy is not None
+    assert evaluate is None
+    assert (policy.sampled, policy.trained) == (8 * 4 * 64, 8 * 4 * 64)  # prompts are known as bytes only
+    block = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 512
+    forward = 2 * (4 * block + 256 * 128 + 4 * 128 * 64)  # and attention over 64 tokens
+    assert policy.generate == 2048 * forward
+    assert policy.update == 2048 * forward * (3 + 1)  # and the reference's log-probs
+    assert sft is None  # bytes are no tokens
+    text = format_plan(plan())
+    assert "2.05k tokens sampled, 2.05k trained" in text
+    assert "How long it takes is not known" in text
+
+
+def test_time_is_that_of_an_earlier_run() -> None:
+    Path("runs/try").mkdir(parents=True)
+    Path("runs/try/summary.json").write_text('{"seconds": 1234.5}')
+    assert "The run in runs/try took 1,234 s." in format_plan(plan())
