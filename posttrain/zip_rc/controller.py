@@ -28,7 +28,7 @@ class Outlook:
         grid: rewards and lengths that the bins stand for.
         reference: tokens of one average sample of this prompt, as foreseen before its first token.
         joints: forecasts of the unfinished samples (n, R, L), n >= 1; one that has not begun has the
-        prompt's.
+            prompt's.
         started: which of them have begun (n,).
         finished: expected rewards of the samples that have ended, 0 for those that ran into their cap.
     """

@@ -83,7 +83,7 @@ class AdaptiveSampler:
         grid: of the same model.
         policy: by default the sampling utility with the paper's weights.
         interval: tokens between decisions; a multiple of the engine's cache block (16 in vLLM) wastes
-        nothing.
+            nothing.
         budget: tokens of one prompt over all its samples, never exceeded; None has no limit.
         concurrency: prompts that are worked on at the same time.
         answer: what a completion votes for, None for nothing.
