@@ -53,6 +53,8 @@ def test_the_base_rate_foretold_to_everyone_is_calibrated_and_knows_nothing():
     assert (error["measured"], skill["measured"]) == (0.0083, 0.0)
     assert "base rate" in error["why"]
     assert not any(item["holds"] for item in (error, skill, last, gain))
+    one_sided = {**constant, "labels": {"value_if_right": 0.9, "value_if_wrong": None}}
+    assert not zip_rc.calibration_claims({"full": [one_sided]})[0]["holds"]
     learns_late = {**measured(0.01, 0.0, 0.0, 0.5, 0.65)["forecasts"]}
     assert [item["holds"] for item in zip_rc.reward_claims([learns_late])] == [True, True, False, False]
 

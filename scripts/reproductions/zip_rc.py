@@ -218,8 +218,9 @@ def mean_over_positions(forecasts: Mapping[str, Any], key: str) -> float:
 
 
 def share_of_constant(forecasts: Mapping[str, Any], key: str) -> float:
-    """An error over positions as a share of that of the best constant at each."""
-    return mean_over_positions(forecasts, key) / mean_over_positions(forecasts, f"{key}_of_constant")
+    """An error over positions as a share of that of the best constant at each; NaN if that has none."""
+    constant = mean_over_positions(forecasts, f"{key}_of_constant")
+    return mean_over_positions(forecasts, key) / constant if constant else math.nan
 
 
 def calibration_claims(table: Mapping[str, Sequence[Measured]]) -> list[dict[str, Any]]:
@@ -227,7 +228,7 @@ def calibration_claims(table: Mapping[str, Sequence[Measured]]) -> list[dict[str
     full = table[FULL.name]
     forecasts = [row["forecasts"] for row in full]
     mean = statistics.mean
-    apart = [row["labels"]["value_if_right"] - row["labels"]["value_if_wrong"] for row in full]
+    apart = [_separation(row["labels"]) for row in full]
     gaps = [found["joint"]["tv"] - found["joint"]["tv_floor"] for found in forecasts]
     divergences = [row["kl"] for row in full]
     claims = [
@@ -304,6 +305,12 @@ def unchanged(name: str, rows: Sequence[Measured]) -> dict[str, Any]:
     means = [float(found.mean()) for found in moved]
     made = claim(name, "interval has 0", means, low <= 0 <= high, interval=(low, high))
     return {**made, "interval_kind": BY_PROBLEM}
+
+
+def _separation(labels: Mapping[str, float | None]) -> float:
+    """NaN where there were not both right and wrong rollouts."""
+    right, wrong = labels["value_if_right"], labels["value_if_wrong"]
+    return math.nan if right is None or wrong is None else right - wrong
 
 
 def _auc(quality: Mapping[str, Any]) -> float:
