@@ -40,6 +40,7 @@ def arithmetic(
     max_first: int | None = None,
     slips: float = 0.0,
     noise: float = 0.0,
+    restate: float = 0.0,
 ) -> Problem:
     """A chain of additions and subtractions, `3-8+7=`, solved one step at a time.
 
@@ -48,7 +49,8 @@ def arithmetic(
 
     The demonstrator may be fallible: with probability `slips` it keeps only the last digit of a step's
     result (forgets the sign or the tens), and with probability `noise` it is off by one. It then goes on
-    from its wrong value; `answer` is always the right one. Column `terms` counts the numbers.
+    from its wrong value; `answer` is always the right one. With probability `restate` it writes the last step
+    down twice, so that right solutions differ in length. Column `terms` counts the numbers.
     """
     terms = _between(min_terms, max_terms, rng)
     question = str(_between(min_first, max_first or max_term, rng))
@@ -65,6 +67,8 @@ def arithmetic(
             value += 1 if rng.random() < 0.5 else -1
         steps.append(f"{written}{term:+d}={value}")
         written = value
+    if restate and rng.random() < restate:
+        steps.append(steps[-1])
     demonstration = f"<think>{';'.join(steps)}</think>{written}"
     return Problem(f"{question}=", str(total), demonstration, columns={"terms": str(terms)})
 

@@ -79,7 +79,9 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
                 greedy = _answer([_once(request) for request in requests], engine, score, context, "greedy")
             traces = _cut_short(stage, sampled, engine, tokenizer, score, reward, context)
             asked = questions(requests, stage.meta, prompts.encode) if "meta" in stage.metrics else []
-            told = _answer(asked, engine, None, context, "self-predictions")
+            told = RolloutBatch([])
+            if asked:
+                told = _answer(asked, engine, None, context, "self-predictions")
     finally:
         engine.close()
 

@@ -51,6 +51,15 @@ def test_every_step_of_a_faultless_demonstration_is_right():
         assert all(int(a) + int(b) == int(c) for a, b, c in steps)
 
 
+def test_some_demonstrations_write_the_last_step_twice():
+    rows = make_task("arithmetic", size=400, seed=2, split="train", restate=0.25)
+    steps = [re.findall(r"[-+\d]+=-?\d+", row.columns["completion"]) for row in rows]
+    again = [own for own in steps if len(own) == 4]
+    assert all(own[-1] == own[-2] for own in again)
+    assert len(again) / 400 == pytest.approx(0.25, abs=0.06)
+    assert all(row.answer == str(sum(values_of(row.prompt))) for row in rows)
+
+
 def test_slips_keep_the_last_digit_at_their_rate_and_never_touch_the_answer():
     rows = make_task("arithmetic", size=2000, seed=0, split="train", slips=0.5)
     slipped = prone = 0

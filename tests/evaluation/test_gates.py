@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from posttrain.evaluation.gates import decide, gate_lines
@@ -84,6 +86,17 @@ def test_the_table_has_the_other_metrics_too():
     assert lines[0].startswith("gate pass@1 > before: not passed, the 95% interval of the paired difference ")
     assert [line.split()[0] for line in lines[1:]] == ["metric", "pass@1", "mean_length"]
     assert lines[3].split() == ["mean_length", "9.0", "7.0", "-2.0", "[-2.0,", "-2.0]", "5"]
+
+
+def test_the_table_of_the_documentation():
+    """Of ten problems two more are solved, and answers are a token shorter on average."""
+    lengths = [20.0 + number for number in range(10)]
+    before = problems("1111100000", lengths)
+    after = problems("1111111000", [length - number % 3 for number, length in enumerate(lengths)])
+    outcome = decided("pass@1 > before", before, after, ["pass@1", "mean_length"])
+    page = (Path(__file__).parents[2] / "docs" / "gates.md").read_text()
+    assert "".join(f"   {line}\n" for line in gate_lines("03-after", outcome)) in page
+    assert f"its gate {outcome['gate']} was not passed, since {outcome['reason']}." in page
 
 
 @pytest.mark.parametrize(
