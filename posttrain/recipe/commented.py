@@ -35,7 +35,7 @@ def plain(tree: Any) -> Any:
 
 def to_yaml(tree: dict[str, Any]) -> str:
     """YAML of a mapping; every section of the top level is set off by an empty line."""
-    blocks = []
+    blocks: list[str] = []
     for key, value in tree.items():
         lines = list(_entry(key, value, 0))
         apart = len(lines) > 1 and blocks

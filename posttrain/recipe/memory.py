@@ -86,8 +86,10 @@ def memory_of(
         case EvaluateStage():
             cap = stage.max_tokens or recipe.rollout.max_tokens
             return [plan.sampling(stage.samples, cap, stage.data or recipe.data.eval)]
-        case _:
+        case StarStage() | HardSubsetStage():
             return [plan.sampling(stage.samples, recipe.rollout.max_tokens, stage.data)]
+        case _:
+            return []
 
 
 def element_bytes(recipe: Recipe, info: ModelInfo) -> int:
