@@ -82,9 +82,10 @@ def test_trackio(model_folder, tmp_path):
     trackio = pytest.importorskip("trackio.sqlite_storage")
     log = train(model_folder, tmp_path, "trackio")
     rows = trackio.SQLiteStorage.get_logs("posttrain", "my-run/01-policy")
-    found = {row["step"]: row for row in rows if "train/reward" in row}
+    found = {row["train/global_step"]: row for row in rows if "train/reward" in row}
     for step, metrics in log.items():
-        assert all(same(found[step][f"train/{name}"], value) for name, value in metrics.items())
+        told = {name: found[step][f"train/{name}"] for name in metrics}
+        assert told == {name: pytest.approx(value, rel=1e-6, abs=1e-12) for name, value in metrics.items()}
 
 
 def test_nothing_is_tracked_without_a_tracker(tmp_path):
