@@ -88,6 +88,8 @@ def default_words(field: Any) -> str:
         return "required"
     if isinstance(value, BaseModel):
         return "see there"
+    if value == "":
+        return "empty"
     if isinstance(value, str):
         return f"`{value!r}`" if value.strip() and "`" not in value and len(value) < 60 else "a text"
     words = {None: "null", True: "true", False: "false"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -146,8 +145,6 @@ class StageContext:
             rank=self.rank,
         )
         on_first_rank(lambda: self._rewind(checkpointer, before + checkpointer.step))
-        # By itself TensorBoard writes below the Trainer's output folder, which every checkpoint replaces.
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.run_dir / "tensorboard" / self.name / part)
         return checkpointer
 
     def _rewind(self, checkpointer: Checkpointer, step: int) -> None:

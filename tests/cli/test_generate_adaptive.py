@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -55,18 +54,6 @@ def test_the_best_of_several_and_what_it_took(model: str, tmp_path: Path, capsys
 
     assert main(["generate", model, "a", "--adaptive", "--max-tokens", "12", "--budget", "12"]) == 0
     assert capsys.readouterr().out.endswith("\n")
-
-
-def test_the_program_of_the_documents(model: str, capsys: Capture) -> None:
-    document = (Path(__file__).resolve().parents[2] / "docs" / "zip_rc.md").read_text()
-    [program] = [
-        text for text in re.findall(r"```python\n(.*?)```", document, re.DOTALL) if "Sampler" in text
-    ]
-    program = re.sub(r'ModelConfig\(path=".*?"\)', f"ModelConfig(path={model!r})", program)
-    exec(
-        program.replace('engine="vllm"', 'engine="transformers"').replace("max_tokens=1024", "max_tokens=12")
-    )
-    assert capsys.readouterr().out.count("\n") >= 2
 
 
 def test_a_model_without_forecasts(plain: Path, capsys: Capture) -> None:

@@ -8,6 +8,7 @@ A comment `<!-- test: WORDS -->` right above a block says what cannot be told fr
     output                  what the last block that was run printed, numbers aside
     output of the quickstart
     folder PATH             a listing of that folder
+    layout                  the tree of the repository
     asserted by FILE        text that a test in that file looks for
     with THING              python: executed with what `test_docs.given` has under that name
 """
@@ -20,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-IN_THE_README = {
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+AT_THE_ROOT = {
     "quickstart took 102 s (seed 0)": "output of the quickstart",
     "my.yaml:24:7  stages[1].policy.learnin_rate": "mistake of the recipe",
     "runs/my-run/": "folder runs/first",
+    "posttrain/\n": "layout",
 }
-"""What the comments would say there, by the beginning of the block: on its front page they would be seen."""
+"""What the comments would say, by the beginning of the block, on pages that are mostly read as text."""
 
 _FENCE = re.compile(
     r"(?:^<!-- test: (?P<test>[^\n]*?) -->\n)?"
@@ -67,8 +69,8 @@ def blocks_of(page: Path) -> Iterator[Block]:
         code = "".join(line.removeprefix(found["indent"]) for line in found["code"].splitlines(keepends=True))
         start = found.start("code")
         test = found["test"] or ""
-        if page.name == "README.md":
-            test = next((words for start_, words in IN_THE_README.items() if code.startswith(start_)), "")
+        if page.parent == ROOT:
+            test = next((words for start_, words in AT_THE_ROOT.items() if code.startswith(start_)), "")
         yield Block(page, text.count("\n", 0, start), found["language"], code, test)
 
 

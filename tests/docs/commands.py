@@ -19,8 +19,8 @@ from posttrain.recipe.load import load_recipe
 from posttrain.recipe.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-HARMLESS = ("export", "source", "cd", "echo", "mkdir")
-"""Commands of the shell that say nothing about posttrain."""
+HARMLESS = ("export", "source", "cd", "echo", "mkdir", ".venv/bin/pre-commit")
+"""Commands that say nothing about posttrain."""
 
 
 def check_command(line: str) -> None:
@@ -120,7 +120,7 @@ def check_pip(arguments: list[str]) -> None:
     """`pip install -e .` with extras that there are."""
     assert arguments[:2] == ["install", "-e"]
     (extras,) = re.findall(r"^\.(?:\[([\w,-]+)\])?$", arguments[2])
-    assert set(filter(None, extras.split(","))) <= _extras()
+    assert set(filter(None, extras.split(","))) <= _extras(), arguments[2]
 
 
 def check_uvicorn(arguments: list[str]) -> None:

@@ -183,6 +183,8 @@ class Reader:
             check_output(block.code, self.printed)
         elif verb == "folder":
             check_folder(block.code, quickstart_run(self))
+        elif verb == "layout":
+            check_layout(block.code)
         elif verb == "asserted":
             check_asserted(block.code, ROOT / rest.removeprefix("by "))
         else:
@@ -273,6 +275,16 @@ def check_folder(listing: str, folder: Path) -> None:
         name = line.split()[0]
         found = list(folder.glob(name.replace("STAGE", "*")))
         assert found or name.startswith(("checkpoints/", "bad_batches/", "cache/", "logs/")), name
+
+
+def check_layout(tree: str) -> None:
+    """Every file and folder that the tree names is there, and it names every package of posttrain."""
+    package = ROOT / "posttrain"
+    files = {path.stem for folder in (package, ROOT / "scripts") for path in folder.rglob("*.*")}
+    named = re.findall(r"\b(\w+)\.(?:py|js|css|yaml)\b", tree)
+    assert set(named) <= files, set(named) - files
+    folders = {path.name for path in package.iterdir() if (path / "__init__.py").is_file()}
+    assert folders <= set(re.findall(r"^  (\w+)/", tree, re.MULTILINE)), folders
 
 
 def check_asserted(text: str, file: Path) -> None:
