@@ -50,7 +50,8 @@ def cost_of(
         return None
     tokens = stage.batch_size * lengths.both * (2 if pairs else 1)
     lora = getattr(stage, "lora", lora)
-    update = None if info is None else tokens * _training(lora, False) * forward(info, lengths.both)
+    passes = _training(lora, getattr(stage, "gradient_checkpointing", False))
+    update = None if info is None else tokens * passes * forward(info, lengths.both)
     return Cost(steps, 0, tokens, 0.0, update)
 
 

@@ -138,7 +138,8 @@ def _task_rows(source: DataSource) -> list[Row]:
     # numpy, which tasks draw with, takes a tenth of a second: it is imported for such recipes alone.
     from posttrain.data.tasks import make_task
 
-    size = min(source.size or ROWS, ROWS)
+    # The last problems of a small split are found only after many draws.
+    size = min(max((source.size or 0) // 4, 1), ROWS)
     try:
         examples = make_task(str(source.task), size=size, seed=source.seed, split=source.split, **source.args)
     except (PosttrainError, TypeError, ValueError):  # of wrong arguments the run says which

@@ -186,7 +186,7 @@ class _Planner:
         parts = {
             **self._trained(lora, stage.optimizer.name),
             **(self._copy("reference") if pairs and lora is None else {}),
-            **self._passes(tokens, lora, checkpointing=False),
+            **self._passes(tokens, lora, checkpointing=not pairs and stage.gradient_checkpointing),
         }
         return Memory("update", parts, host=self._loading())
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from posttrain.recipe.amft_schema import AmftConfig
-from posttrain.recipe.masa_schema import MasaConfig
-from posttrain.recipe.mel_schema import MelConfig
-from posttrain.recipe.mrt_schema import MrtConfig
 from posttrain.recipe.schema import PolicyStage, Recipe
+
+if TYPE_CHECKING:
+    from posttrain.recipe.amft_schema import AmftConfig
+    from posttrain.recipe.masa_schema import MasaConfig
+    from posttrain.recipe.mel_schema import MelConfig
+    from posttrain.recipe.mrt_schema import MrtConfig
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,9 @@ def extras(stage: PolicyStage, recipe: Recipe) -> Iterator[Extra]:
         options = {} if isinstance(method, str) else method[name]
         if name not in _COSTS:
             continue
-        schema, cost = _COSTS[name]
+        schema = importlib.import_module(f"posttrain.recipe.{name}_schema").OPTIONS
         try:
-            yield from cost(schema.model_validate(options), stage, recipe.rollout.max_tokens)
+            yield from _COSTS[name](schema.model_validate(options), stage, recipe.rollout.max_tokens)
         except ValidationError:
             continue  # the checks have said what is wrong
 
@@ -80,9 +83,9 @@ def _amft(options: AmftConfig, stage: PolicyStage, cap: int) -> Iterator[Extra]:
         yield Extra(f"held-out rollouts every {options.interval} steps", count // options.interval, cap, 0)
 
 
-_COSTS: dict[str, tuple[type[BaseModel], Callable[[Any, PolicyStage, int], Iterator[Extra]]]] = {
-    "masa": (MasaConfig, _masa),
-    "mel": (MelConfig, _mel),
-    "mrt": (MrtConfig, _mrt),
-    "amft": (AmftConfig, _amft),
+_COSTS: dict[str, Callable[[Any, PolicyStage, int], Iterator[Extra]]] = {
+    "masa": _masa,
+    "mel": _mel,
+    "mrt": _mrt,
+    "amft": _amft,
 }

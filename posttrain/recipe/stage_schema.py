@@ -93,6 +93,8 @@ class SftStage(Section):
     """Rows of one forward pass on one device; None is all of the device's share."""
     max_length: int | None = Field(default=None, ge=2)
     """Longer rows are an error; None is the model's context."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     sort_batches: bool = False
     """Sort the rows of every batch by length, so that its micro-batches have little padding. The batches stay
     random ones; batches of rows of like length would not be, and learn worse."""

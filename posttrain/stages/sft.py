@@ -76,7 +76,7 @@ def finetune(
         train_sampling_strategy="sequential" if stage.sort_batches else "random",
         max_length=None,
         completion_only_loss=True,
-        gradient_checkpointing=False,
+        gradient_checkpointing=stage.gradient_checkpointing,
         logging_steps=1,
         save_strategy="no",
         seed=seed,
