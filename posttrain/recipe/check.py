@@ -449,6 +449,11 @@ def _notes(recipe: Recipe, kinds: Collection[str]) -> Iterator[str]:
             yield f"{key}: the columns of {source.parquet} are checked when it is read."
         if source.hub is not None and not Path(source.hub).expanduser().is_dir():
             yield f"{key}: {source.hub} is taken from the hub or its cache, and its columns are checked then."
+    for index, spec in enumerate(recipe.stages):
+        forecasters = [other.config.name for other in recipe.stages[:index] if other.kind == "zip_rc"]
+        if forecasters and spec.kind in kinds and isinstance(spec.config, PolicyStage | SoarStage):
+            text = f"stage {spec.config.name} changes the policy after stage {forecasters[-1]}"
+            yield f"{text}: the forecasts stay those of the policy before it."
     if recipe.rollout.engine == "vllm_server" and recipe.rollout.server.urls:
         yield "the replicas at rollout.server.urls are asked when the first stage samples."
     elif recipe.rollout.engine != "transformers":

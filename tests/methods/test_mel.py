@@ -429,6 +429,17 @@ def test_several_replays():
     assert (log["retention"], log["replay_rate"]) == (0.0, pytest.approx(2 / 3))
 
 
+def test_a_replay_of_a_solution_that_was_short_of_tokens_has_the_stages_cap():
+    """One that went on from a prefix, or was capped, had fewer; analysis and replay begin anew."""
+    engine = Scripted(say)
+    batch = solutions(engine)
+    for rollout in batch:
+        rollout.request = replace(rollout.request, sampling=replace(rollout.request.sampling, max_tokens=7))
+    extend(mel(), engine, batch)
+    asked = {request.role: request.sampling.max_tokens for request in engine.requests}
+    assert (asked["analysis"], asked["replay"]) == (40, 40)
+
+
 def test_controls():
     extended, (term,), log, _ = run(mel(validation="none"))
     assert (len(extended.with_role("replay")), len(term.rows), "retention" in log) == (0, 4, False)

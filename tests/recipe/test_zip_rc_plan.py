@@ -47,6 +47,15 @@ def test_two_trainings_or_one() -> None:
     assert "train forecasts of reward and length (full)" in text
 
 
+def test_a_policy_that_is_trained_on_leaves_its_forecasts_behind() -> None:
+    after = "{policy: {steps: 1, prompts_per_step: 2}}"
+    notes = plan(f"stages=[{after}, {{zip_rc: {{}}}}]").notes
+    assert not any("forecasts" in note for note in notes)
+    notes = plan(f"stages=[{{zip_rc: {{}}}}, {after}]").notes
+    text = "stage policy changes the policy after stage zip_rc: the forecasts stay those of the policy before"
+    assert f"{text} it." in notes
+
+
 def test_memory_by_variant() -> None:
     parameters = read_model_info(Path("model")).parameters
     assert parameters is not None
