@@ -29,13 +29,14 @@ HEALTH = (
     ("accuracy", "accuracy", "{:.1%}"),
     ("gap", "gap", "{:.3f}"),
 )
+PHASES = ("generate", "score", "update", "sync")
 FIRST = ("reward", "completions/mean_length")
 """Metrics at the top of the table."""
 TOKENS = {"generate": "tokens/sampled", "score": "tokens/sampled", "update": "tokens/trained"}
 """Which tokens a phase works on."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 RECENT = 20
-"""Steps whose mean duration tells how long the rest will take."""
+"""Lines of the log whose steps tell how long the rest will take."""
 PROMPT_SHOWN, COMPLETION_SHOWN = 160, 400
 """Characters of a rollout: of the prompt its end, of the completion both ends."""
 
@@ -53,7 +54,8 @@ class Dashboard:
         self.latest: Mapping[str, Any] = {}
         self.rollouts: Sequence[Mapping[str, Any]] = ()
         self._clock = clock
-        self._times = [clock()]
+        self._times: list[tuple[int, float]] = []
+        self._start = clock()
 
     def show(self, step: int, steps: int, metrics: Mapping[str, Any]) -> None:
         """A step is done, or with `phase` or `rollouts` in the metrics, something has happened in it."""
@@ -65,7 +67,7 @@ class Dashboard:
         else:
             self.step = step
             self.latest = metrics
-            self._times = [*self._times, self._clock()]
+            self._times = [*self._times[-RECENT:], (step, self._clock())]
             for key, _, _ in HEALTH:
                 if key in metrics:
                     self.history.setdefault(key, []).append(float(metrics[key]))
@@ -83,12 +85,10 @@ class Dashboard:
         )
 
     def _progress(self) -> RenderableType:
-        spent = self._clock() - self._times[0]
-        recent = self._times[-RECENT - 1 :]
-        left = ""
-        if self.steps and len(recent) > 1 and self.step < self.steps:
-            each = (recent[-1] - recent[0]) / (len(recent) - 1)
-            left = f", about {duration(each * (self.steps - self.step))} left"
+        spent, times, left = self._clock() - self._start, self._times, ""
+        if self.steps and len(times) > 1 and times[0][0] < self.step < self.steps:
+            (first, begun), (last, ended) = times[0], times[-1]
+            left = f", about {duration((ended - begun) / (last - first) * (self.steps - last))} left"
         row = Table.grid(padding=(0, 1), expand=True)
         row.add_column(ratio=1)
         row.add_column(no_wrap=True)
@@ -119,7 +119,9 @@ class Dashboard:
         if not whole:
             return None
         table = Table.grid(padding=(0, 2))
-        for phase, spent in seconds.items():
+        order = [phase for phase in PHASES if phase in seconds]
+        for phase in order + [phase for phase in seconds if phase not in PHASES]:
+            spent = seconds[phase]
             tokens = float(metrics.get(TOKENS.get(phase, ""), 0.0))
             rate = f"{count(tokens / spent)} tokens/s" if tokens and spent else ""
             bar = ProgressBar(total=whole, completed=spent, width=20, complete_style="green")

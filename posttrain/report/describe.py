@@ -108,7 +108,7 @@ def _rollout_facts(run: Run, found: Found) -> Facts:
         facts.append(("", "all its advantages are 0: it counts in the denominators and has no gradient"))
     facts += [
         ("example", f"{row['example_id']}, group {row['group']}, {row['role']} {row['index']}"),
-        ("policy", f"version {row['policy_version']}: the weights after so many syncs of the engine"),
+        ("policy", f"version {row['policy_version']}, which counts the engine's syncs of weights"),
         ("sampling", _sampling(row)),
         ("fork", _fork(row)),
     ]

@@ -10,14 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
 from posttrain.errors import Stopped
 from posttrain.redaction import redact
-from posttrain.report.dashboard import HEALTH, Dashboard
-
-PHASES = ("generate", "score", "update", "sync")
+from posttrain.report.dashboard import HEALTH, PHASES, Dashboard
 
 
 def health_line(metrics: Mapping[str, Any]) -> str:
@@ -97,7 +95,7 @@ class Progress:
             self._last = line
 
     def _draw(self) -> RenderableType:
-        return self._dashboard or ""
+        return self._dashboard or Group()
 
     def _keep(self, text: str) -> None:
         if self._file is not None:

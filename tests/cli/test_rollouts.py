@@ -38,7 +38,7 @@ def test_a_trained_rollout(run: Path, capsys: Capture) -> None:
     text = ask(capsys, "show", run, "7/solution/1", "--stage", FORKED)
     for expected in (
         "trained, at optimiser step 1",
-        "version 1: the weights after so many syncs",
+        "version 1, which counts the engine's syncs of weights",
         f"seed {2**62 + 701}, temperature 1, at most 96 tokens",
         "none: it begins with the prompt",
         "advantage 0.6, weight 1",

@@ -34,12 +34,12 @@ def test_it_shows_metrics_phases_and_rollouts():
     now = [100.0]
     dashboard = Dashboard("03-policy", "policy", clock=lambda: now[0])
     assert "03-policy (policy)" in picture(dashboard)
-    for step in range(1, 5):
+    for step in range(2, 9, 2):  # every second step is logged
         now[0] += 3.0
-        dashboard.show(step, 10, METRICS | {"reward": step / 4})
-    dashboard.show(4, 10, {"rollouts": [ROLLOUT, ROLLOUT | {"reward": None, "truncated": True}]})
+        dashboard.show(step, 20, METRICS | {"reward": step / 8})
+    dashboard.show(8, 20, {"rollouts": [ROLLOUT, ROLLOUT | {"reward": None, "truncated": True}]})
     text = picture(dashboard)
-    assert "step 4 of 10  12 s, about 18 s left" in text
+    assert "step 8 of 20  12 s, about 18 s left" in text
     reward, length = (
         next(line for line in text.splitlines() if f" {name} " in line) for name in ("reward", "length")
     )
