@@ -243,6 +243,17 @@ def test_values_at_trl_s_defaults_are_not_listed() -> None:
     assert (made.left_out, made.unneeded) == ({}, {})
 
 
+def test_a_written_grpo_config_is_read(tmp_path: Path) -> None:
+    """As `GRPOConfig.to_dict` writes it: every field, with what its own checks have filled in."""
+    arguments = GRPOConfig(output_dir=str(tmp_path / "run"), max_steps=5, num_generations=4, use_cpu=True)
+    values = json.loads(json.dumps(arguments.to_dict(), default=str))
+    made = convert({**values, **MINIMAL}, "grpo.json")
+    stage = recipe_of(made).stages[0].config
+    assert (stage.steps, stage.prompts_per_step, stage.group_size) == (5, 2, 4)
+    assert "use_cpu" in made.left_out
+    assert set(made.left_out) <= {"use_cpu", "accelerator_config", "hub_token"}
+
+
 def test_a_file_of_rows_is_counted(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n' * 40)
     source = {"path": "json", "data_files": str(tmp_path / "rows.jsonl")}

@@ -34,6 +34,8 @@ ACCELERATE = {
     "fsdp2": "fsdp2_8gpu",
 }
 """The configurations that TRL knows by name, and ours."""
+EMPTY: tuple[Any, ...] = (None, {}, [], "")
+"""What a `GRPOConfig` that was written to a file has for a value that was never set."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -82,7 +84,7 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
     """Keys without a counterpart that the configuration sets, and unknown ones."""
     known = [*CARRIED, *LEFT_OUT, *UNNEEDED, *LAUNCHER]
     for key, value in config.values.items():
-        if key in LEFT_OUT and value is not None and value != LEFT_OUT[key][0]:
+        if key in LEFT_OUT and value not in (*EMPTY, LEFT_OUT[key][0]):
             yield key, LEFT_OUT[key][1]
         elif LAUNCHER.get(key):
             yield key, LAUNCHER[key]
@@ -92,7 +94,7 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
 
 def _idle(config: Config) -> Iterator[tuple[str, str]]:
     for key, value in config.values.items():
-        if key in UNNEEDED and value is not None and value != UNNEEDED[key][0]:
+        if key in UNNEEDED and value not in (*EMPTY, UNNEEDED[key][0]):
             yield key, UNNEEDED[key][1]
 
 
@@ -154,7 +156,7 @@ def _run(config: Config) -> Tree:
 
 def _model(config: Config) -> Tree:
     if not config.given("model_name_or_path"):
-        raise RecipeError(f"{config.name} has no model_name_or_path, so there is no model to train.")
+        raise RecipeError(f"{config.name} has no model_name_or_path: add the model to train to it.")
     model: Tree = {"path": config.text("model_name_or_path")}
     options = dict(config.raw("model_init_kwargs") or {}) if _is_mapping(config, "model_init_kwargs") else {}
     revision = options.pop("revision", None) or config.text("model_revision")
@@ -252,9 +254,7 @@ def _source(config: Config) -> Tree:
     mixture = config.raw("datasets")
     if not mixture:
         if not config.given("dataset_name"):
-            raise RecipeError(
-                f"{config.name} has neither dataset_name nor datasets, so there are no prompts."
-            )
+            raise RecipeError(f"{config.name} has neither dataset_name nor datasets: add one to it.")
         source = {"hub": config.text("dataset_name")}
         if config.given("dataset_config"):
             source["subset"] = config.text("dataset_config")
