@@ -186,7 +186,9 @@ class _Planner:
         parts = {
             **self._trained(lora, stage.optimizer.name),
             **(self._copy("reference") if pairs and lora is None else {}),
-            **self._passes(tokens, lora, checkpointing=not pairs and stage.gradient_checkpointing),
+            **self._passes(
+                tokens, lora, checkpointing=isinstance(stage, SftStage) and stage.gradient_checkpointing
+            ),
         }
         return Memory("update", parts, host=self._loading())
 
