@@ -68,6 +68,9 @@ IN_SMALL = {
 """What programs on a page have in place of a model of a real size."""
 ELSEWHERE = {test_rewards_page.PAGE: "tests/integration/test_rewards_page.py"}
 """Pages that a test follows from the first block to the last, with real processes."""
+TUTORIAL = ROOT / "docs" / "first_run.md"
+_runs: dict[tuple[str, ...], tuple[str, Path]] = {}
+"""What runs have printed, and a copy of their folders, by arguments and recipe."""
 GRID = Grid(first_id=200, reward_values=(0.0, 0.5, 1.0), length_edges=(0, 8, 16, 32))
 Capture = pytest.CaptureFixture[str]
 
@@ -78,7 +81,7 @@ class Reader:
     def __init__(self, folder: Path, model: Path, capsys: Capture):
         self.folder, self.model, self.capsys = folder, model, capsys
         self.names: dict[str, Any] = {}
-        self.printed = ""
+        self.printed = self.printed_by_quickstart = ""
         for name in ("recipes", "examples", "results", "scripts", "docs"):
             (folder / name).symlink_to(ROOT / name)
         (folder / "data").mkdir()
@@ -147,11 +150,36 @@ class Reader:
             if words[0] in HARMLESS:
                 continue
             assert words[0] == "posttrain", command
-            small = overrides if words[1] in ("train", "plan") else []
-            status = main([*words[1:], *small])
+            if words[1] == "train":
+                self.train([*words[2:], *overrides])
+                continue
+            status = main(words[1:])
             captured = self.capsys.readouterr()
             self.printed = captured.out + captured.err
             assert (status != 0) == (rest == ["fails"]), self.printed
+
+    def train(self, arguments: list[str]) -> None:
+        """Run a recipe; of the same one with the same arguments an earlier reader's run is taken."""
+        key = (*arguments, Path(arguments[0]).read_text())
+        if key in _runs:
+            self.printed, runs = _runs[key]
+            shutil.copytree(runs, "runs", dirs_exist_ok=True)
+            return
+        status = main(["train", *arguments])
+        captured = self.capsys.readouterr()
+        assert status == 0, captured.err
+        self.printed = captured.out
+        _runs[key] = self.printed, shutil.copytree("runs", self.folder / "runs-of-this")
+
+    def quickstart(self) -> str:
+        """What the quickstart prints: it is run as the first tutorial has it, which is in small."""
+        if not self.printed_by_quickstart:
+            shutil.copy("recipes/tiny/quickstart.yaml", "first.yaml")
+            (block,) = (b for b in blocks_of(TUTORIAL) if b.code.startswith("posttrain train first.yaml"))
+            self.bash(block)
+            Path("first.yaml").unlink()
+            self.printed_by_quickstart = re.sub(r"\bfirst\b", "quickstart", self.printed)
+        return self.printed_by_quickstart
 
     def run_documents(self, block: Block) -> None:
         """Write the files that a block writes by here-documents."""
@@ -176,13 +204,13 @@ class Reader:
         elif block.language == "toml":
             tomllib.loads(block.code)
         elif block.test == "output of the quickstart":
-            check_output(block.code, quickstart_output(self))
+            check_output(block.code, self.quickstart())
         elif block.test == "mistake of the recipe":
             self.check_mistake(block)
         elif verb == "output":
             check_output(block.code, self.printed)
         elif verb == "folder":
-            check_folder(block.code, quickstart_run(self))
+            check_folder(block.code, Path(rest))
         elif verb == "layout":
             check_layout(block.code)
         elif verb == "asserted":
@@ -294,34 +322,6 @@ def check_asserted(text: str, file: Path) -> None:
     ]
     pieces = [masked(value) for value in literals if isinstance(value, str) and len(value) >= 25]
     assert any(piece in masked(text) for piece in pieces), file
-
-
-_shared: dict[str, Any] = {}
-"""The quickstart in small: run once, by the first page that shows something of it."""
-QUICKSTART = (
-    "name=first stages.warm-start.max_steps=1 stages.warm-start.batch_size=4 stages.grpo.steps=2 "
-    "stages.grpo.prompts_per_step=2 stages.grpo.group_size=2 data.eval.size=4 data.train.size=20 "
-    "rollout.max_tokens=24 reward_options.workers=1 stages.grpo.save_steps=1"
-)
-
-
-def quickstart_run(reader: Reader) -> Path:
-    """The folder of the quickstart, made small."""
-    if not _shared:
-        status = main(["train", "recipes/tiny/quickstart.yaml", *QUICKSTART.split()])
-        captured = reader.capsys.readouterr()
-        assert status == 0, captured.err
-        printed = captured.out.replace("runs/first", "runs/quickstart").replace(
-            "first took", "quickstart took"
-        )
-        _shared.update(output=printed, run=Path("runs/first").resolve())
-    return _shared["run"]
-
-
-def quickstart_output(reader: Reader) -> str:
-    """What it printed, under its own name."""
-    quickstart_run(reader)
-    return _shared["output"]
 
 
 @pytest.fixture(scope="module")
