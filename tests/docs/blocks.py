@@ -3,8 +3,9 @@
 A comment `<!-- test: WORDS -->` right above a block says what cannot be told from the block itself:
 
     run [KEY=VALUE …]       bash: run it; values that make `posttrain train` small enough for a test
-    run fails               bash: its last command is refused
+    run fails               bash: the command is refused
     run with forecasts      bash: run it beside a folder `foreseeing`, a model with forecasts
+    run with a run          bash: run it beside the finished run `runs/first`
     output                  what the last block that was run printed, numbers aside
     output of the quickstart
     folder PATH             a listing of that folder

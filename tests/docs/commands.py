@@ -17,6 +17,7 @@ from posttrain.errors import RecipeError
 from posttrain.recipe.library import find_recipe
 from posttrain.recipe.load import load_recipe
 from posttrain.recipe.plan import make_plan
+from posttrain.training.trackers import FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 HARMLESS = ("export", "source", "cd", "echo", "mkdir", ".venv/bin/pre-commit")
@@ -39,8 +40,8 @@ def check_command(line: str) -> None:
         check_accelerate(arguments)
     elif program == "vllm":
         check_vllm(arguments)
-    elif program in ("pip", "uvicorn", "python"):
-        {"pip": check_pip, "uvicorn": check_uvicorn, "python": check_python}[program](arguments)
+    elif program in OTHERS:
+        OTHERS[program](arguments)
     elif program.startswith("./scripts/"):
         check_script(Path(program).name, arguments)
     else:
@@ -145,3 +146,17 @@ def check_script(name: str, arguments: list[str]) -> None:
         assert (ROOT / "scripts" / folder / f"{arguments[0].replace('-', '_')}.py").is_file(), arguments
     if name == "quickstart":
         check_posttrain(["train", "recipes/tiny/quickstart.yaml", *arguments])
+
+
+def check_tensorboard(arguments: list[str]) -> None:
+    """The folder that the tracker writes to."""
+    assert arguments == ["--logdir", f"runs/my-run/{FOLDER}/tensorboard"], arguments
+
+
+OTHERS = {
+    "pip": check_pip,
+    "uvicorn": check_uvicorn,
+    "python": check_python,
+    "tensorboard": check_tensorboard,
+}
+"""Programs of others, by name."""

@@ -138,6 +138,8 @@ class Reader:
         verb, *rest = block.test.split() or ["check"]
         if rest == ["with", "forecasts"]:
             foresee(self.model)
+        elif rest == ["with", "a", "run"]:
+            self.quickstart()
         if verb == "check":
             for command in commands(block.code):
                 if not self.is_refused(command):
@@ -239,6 +241,8 @@ def given(what: str, model: Path) -> dict[str, Any]:
     example = Example("row", "12+30=", "42")
     if what == "a model":
         return {"model": str(model)}
+    if what == "a run":
+        return {"run": "runs/first"}
     if what == "scored rollouts":
         request = RolloutRequest((5, 6), example, "0.0", Sampling(4, n=4))
         completion = Completion((7, 8), (-1.0, -1.0), "stop", "42")
