@@ -217,8 +217,8 @@ def _channel_facts(row: Mapping[str, Any]) -> Facts:
 def _status(row: Mapping[str, Any]) -> str:
     if row.get("status"):
         return str(row["status"])
-    judged = {True: ", correct", False: ", wrong"}.get(row.get("correct"), "")
-    return f"evaluated{judged}"
+    judged = {True: ", correct", False: ", wrong", None: ""}
+    return f"evaluated{judged[row.get('correct')]}"
 
 
 def _indented(text: str) -> list[str]:

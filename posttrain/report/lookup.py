@@ -12,8 +12,8 @@ from posttrain.errors import DataError
 from posttrain.report.rollouts import read_tables
 from posttrain.report.run_folder import Run, Stage
 
-LISTED = ("step", "rollout_id", "example_id", "group", "role", "reward", "status", "correct", "finish_reason")
-LISTED += ("prompt", "completion", "completion_ids")
+LISTED: tuple[str, ...] = ("step", "rollout_id", "example_id", "group", "role", "reward", "status", "correct")
+LISTED += ("finish_reason", "prompt", "completion", "completion_ids")
 
 
 @dataclass(frozen=True)

@@ -225,15 +225,15 @@ def _choose_groups(stage: Stage, step: int, paths: Sequence[Path]) -> list[list[
         dropped = any(str(row.get("status")).startswith(("dropped", "skipped")) for row in groups[name])
         return (len(scores(name)) > 1 and dropped) or any(row["reward"] is None for row in groups[name])
 
-    tests: list[Callable[[str], bool]] = [
+    tests: tuple[Callable[[str], bool], ...] = (
         lambda name: is_first(name) and len(scores(name)) > 1,
         lambda name: is_first(name) and len(scores(name)) == 1,
         lambda name: is_first(name) and has_gap(name),
         lambda name: any(row["rollout_id"] in parents for row in groups[name]),
-    ]
+    )
     roles = dict.fromkeys(row["role"] for row in rows if row["role"] != first_role and not row.get("parent"))
-    tests += [lambda name, role=role: groups[name][0]["role"] == role for role in roles]
     found = [next((name for name in order if test(name)), None) for test in tests]
+    found += [next(name for name in order if any(row["role"] == r for row in groups[name])) for r in roles]
     chosen = []
     for name in dict.fromkeys(name for name in found if name is not None):
         numbers = family_of(rows, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,6 @@ def track(trackers: Sequence[str], run_dir: Path, training: str) -> dict[str, An
 
 def _finish_wandb() -> None:
     """End the run of the training before: the Trainer would go on writing to it."""
-    import wandb
-
+    wandb = importlib.import_module("wandb")  # an extra
     if wandb.run is not None:
         wandb.finish()
