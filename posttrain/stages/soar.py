@@ -239,6 +239,7 @@ def _write(record: OuterRecord, parts: Parts) -> None:
         prompt_text={"teacher": parts.prompts.render(Example("teacher", stage.teacher.prompt))},
         status=status,
         advantages={"teacher": advantages},
+        weights={"teacher": 1.0},
     )
     write_rollouts(Path(context.folder("rollouts")) / f"step-{record.step:06d}.parquet", rows)
 
