@@ -5,6 +5,7 @@ import re
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import bench
@@ -34,6 +35,12 @@ def test_the_ratio_is_the_median_of_paired_ratios():
 @pytest.mark.parametrize(("limit", "holds"), [(0.5, True), (0.4999, False)])
 def test_a_limit_holds_up_to_itself(limit, holds):
     assert comparison([1.0], [2.0], limit).record()["holds"] is holds
+
+
+def test_a_ratio_may_be_too_small():
+    made = replace(comparison([0.8], [1.0], limit=1.15), at_least=0.85)
+    assert (made.record()["holds"], made.record()["at_least"]) == (False, 0.85)
+    assert replace(made, ours=[0.9]).holds
 
 
 def test_sides_take_turns_after_a_warm_up_and_every_pair_is_checked():
@@ -96,6 +103,13 @@ def test_results_that_are_checked_in(path):
     check_result(result)
 
 
+def test_the_measurement_of_the_plan_is_checked_in():
+    result = json.loads((ROOT / "results" / "plan_memory.json").read_text())
+    check_result(result)
+    assert {one["at_least"] for one in result["comparisons"]} == {0.85}
+    assert {one["details"]["fitted"] for one in result["comparisons"]} == {True, False}
+
+
 def check_result(result):
     assert re.fullmatch(r"[0-9a-f]{40}", result["commit"])
     assert {"processor", "cores", "threads_used", "load_average"} <= result["machine"].keys()
@@ -109,7 +123,7 @@ def check_result(result):
         assert one["ratio"] == pytest.approx(statistics.median(ratios), rel=2e-3, abs=2e-4)
         assert one["ratio_min"] <= one["ratio"] <= one["ratio_max"]
         assert one["ours"] == pytest.approx(statistics.median(ours), abs=1e-4)
-        assert one["holds"] == (one["ratio"] <= one["limit"])
+        assert one["holds"] == (one.get("at_least", 0.0) <= one["ratio"] <= one["limit"])
         assert one["unit"]
         assert one["theirs_is"]
         assert one["shapes"]

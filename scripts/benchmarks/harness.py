@@ -53,7 +53,8 @@ class Settings:
 class Comparison:
     """Pairs of measurements: `ours[i]` and `theirs[i]` were taken one right after the other.
 
-    `limit` is what the median of the paired ratios, ours ÷ theirs, must not exceed.
+    `limit` is what the median of the paired ratios, ours ÷ theirs, must not exceed, and `at_least` what it
+    must not fall below.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Comparison:
     shapes: dict[str, Any]
     note: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+    at_least: float = 0.0
 
     @property
     def ratios(self) -> list[float]:
@@ -76,7 +78,7 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        return self.ratio <= self.limit
+        return self.at_least <= self.ratio <= self.limit
 
     def record(self) -> dict[str, Any]:
         """What is written down of it."""
@@ -87,6 +89,7 @@ class Comparison:
             "ratio_min": round(min(self.ratios), 4),
             "ratio_max": round(max(self.ratios), 4),
             "limit": self.limit,
+            **({"at_least": self.at_least} if self.at_least else {}),
             "holds": self.holds,
             "unit": self.unit,
             "ours": round(statistics.median(self.ours), 4),
@@ -224,14 +227,20 @@ def show(name: str, title: str, comparisons: Sequence[Comparison]) -> None:
 
 
 def write(
-    name: str, title: str, comparisons: Sequence[Comparison], settings: Settings, start: dict[str, Any]
+    name: str,
+    title: str,
+    comparisons: Sequence[Comparison],
+    settings: Settings,
+    start: dict[str, Any],
+    folder: Path | None = None,
 ) -> Path:
-    """Write results/bench/NAME.json (NAME-cuda.json on a GPU)."""
+    """Write results/bench/NAME.json (NAME-cuda.json on a GPU), or NAME.json of another folder."""
     from posttrain.recipe.summary import versions
     from posttrain.training.record import write_json
 
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}{'' if settings.device == 'cpu' else '-' + settings.device}.json"
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}{'' if settings.device == 'cpu' else '-' + settings.device}.json"
     result = {
         "bench": name,
         "measures": title.splitlines()[0],
