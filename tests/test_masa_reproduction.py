@@ -54,6 +54,6 @@ def test_masa_from_end_to_end(tmp_path, monkeypatch):
     for arm in result["arms"].values():  # all of them start from the same model
         assert arm["pass@1, start"] == result["arms"]["grpo"]["pass@1, start"]
     assert {item["name"].partition(":")[0] for item in result["claims"]} == {"masa", "grpo", "paper"}
-    written = (tmp_path / "reproduce-masa-masa-fast-0" / "summary.json").stat().st_mtime_ns
+    written = (tmp_path / f"reproduce-masa-masa-fast-{masa.SEEDS[0]}" / "summary.json").stat().st_mtime_ns
     reproduce.main(["masa", "--fast"])  # what is there is kept
-    assert (tmp_path / "reproduce-masa-masa-fast-0" / "summary.json").stat().st_mtime_ns == written
+    assert (tmp_path / f"reproduce-masa-masa-fast-{masa.SEEDS[0]}" / "summary.json").stat().st_mtime_ns == written

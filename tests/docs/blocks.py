@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 AT_THE_ROOT = {
-    "quickstart took 102 s (seed 0)": "output of the quickstart",
-    "my.yaml:24:7  stages[1].policy.learnin_rate": "mistake of the recipe",
+    "quickstart took ": "output of the quickstart",
+    "my.yaml:": "mistake of the recipe",
     "runs/my-run/": "folder runs/first",
     "posttrain/\n": "layout",
 }

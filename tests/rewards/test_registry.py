@@ -17,7 +17,8 @@ def spec(name, **options):
 
 
 def test_known_rewards():
-    known = known_rewards()
+    # Tests before this one may have registered others in this process.
+    known = {name: info for name, info in known_rewards().items() if info.origin.startswith("posttrain.")}
     assert list(known) == [
         "code",
         "exact_match",
@@ -35,7 +36,6 @@ def test_known_rewards():
         assert info.doc
         assert info.range or info.name == "http"  # that of a server is an argument
         assert info.version != "0"
-        assert info.origin.startswith("posttrain.")
 
 
 def test_listing_and_locating_import_nothing_heavy():
