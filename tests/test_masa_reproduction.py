@@ -56,4 +56,6 @@ def test_masa_from_end_to_end(tmp_path, monkeypatch):
     assert {item["name"].partition(":")[0] for item in result["claims"]} == {"masa", "grpo", "paper"}
     written = (tmp_path / f"reproduce-masa-masa-fast-{masa.SEEDS[0]}" / "summary.json").stat().st_mtime_ns
     reproduce.main(["masa", "--fast"])  # what is there is kept
-    assert (tmp_path / f"reproduce-masa-masa-fast-{masa.SEEDS[0]}" / "summary.json").stat().st_mtime_ns == written
+    assert (
+        tmp_path / f"reproduce-masa-masa-fast-{masa.SEEDS[0]}" / "summary.json"
+    ).stat().st_mtime_ns == written
