@@ -28,6 +28,7 @@ from posttrain.methods.base import load_methods
 from posttrain.recipe.check import require_runnable
 from posttrain.recipe.load import load_recipe
 from posttrain.recipe.schema import Recipe, ToolsConfig
+from posttrain.rewards import registry
 from posttrain.rollout.tools import environment_factory, schemas_of
 from posttrain.zip_rc.grid import Grid
 
@@ -339,6 +340,8 @@ def reader(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     for name in ("STYLE_TOKEN", "JUDGE_API_KEY"):
         monkeypatch.setenv(name, "a-token-of-this-test")
+    registry.known_rewards()
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))  # a page's rewards are forgotten
     before = set(sys.modules), list(sys.path)
     yield Reader(tmp_path, model, capsys)
     sys.path[:] = before[1]
