@@ -54,7 +54,7 @@ def test_secrets_are_told_by_the_names_of_variables_and_the_logins_in_urls():
         "SHORT_KEY": "abc",
         "TOKENIZERS_PARALLELISM": "false-or-true",
         "KEYBOARD": "a layout of keys",
-        "PWD": "/home/somebody",
+        "PWD": "a/working/folder",
     }
     assert secrets_in(environment) == {
         "aaaaaaaa-1": "HF_TOKEN",
